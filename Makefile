@@ -1,0 +1,38 @@
+# Every target works on a fresh clone. PYTHON=/path/to/python3.12 chooses the interpreter for .venv.
+SHELL := /bin/bash
+.SHELLFLAGS := -e -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint clean
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+VENV_PYTHON := $(VENV)/bin/python
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | while IFS= read -r line; do \
+	    printf 'make %-8s %s\n' "$${line%%:*}" "$${line##*## }"; done
+
+venv: $(STAMP) ## make .venv with the project (editable) and its development extras
+
+# Byte-compiling every installed file would take minutes; Python compiles what is imported.
+$(STAMP): pyproject.toml setup.py
+	@python="$$(PYTHON='$(PYTHON)' sh tools/find_python.sh)"; \
+	echo "venv: $$python makes $(VENV), then pip installs the project (several GB, some minutes)"; \
+	"$$python" -m venv $(VENV); \
+	PYTHONUNBUFFERED=1 $(VENV_PYTHON) -m pip install --no-compile --progress-bar off --editable '.[dev]' \
+	    | grep --line-buffered -oE '^ *(Downloading|Installing collected packages|Successfully installed) ?[^ ,]*'; \
+	touch $@
+
+demo: venv ## run the main job on a real model on this machine's CPU; writes runs/demo/report.html
+	$(VENV_PYTHON) -m examples.quickstart.run --output runs/demo
+
+test: venv ## run the whole suite
+	$(VENV_PYTHON) -m pytest
+
+lint: venv ## ruff: rules and format
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+
+clean: ## remove .venv, caches and build outputs; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

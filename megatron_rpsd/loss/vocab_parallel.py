@@ -1,0 +1,167 @@
+"""Cross-entropy and reverse KL over tensor-parallel vocabulary shards, with one small collective each.
+
+Who holds what: logits are sharded over the group's ranks along their last dimension; labels and per-token losses are
+replicated. Every rank reduces its own columns to a few floats per token, one all-gather brings all ranks' floats
+together, and every rank combines them the same way, so the result is bitwise the same on each.
+
+With m_r = max_v z, A_r = sum_v e^(z - m_r) over rank r's real columns, and m = max_r m_r:
+
+    lse(z) = m + log S,   S = sum_r A_r e^(m_r - m)
+    CE     = log S - (z_label - m)
+
+and with student logits z, teacher logits t (maxima n_r and n, sum T), d = (z - m) - (t - n) and
+B_r = sum_v e^(z - m_r) ((z - m_r) - (t - n_r)):
+
+    KL(p || q) = sum_v p d - log S + log T,   sum_v p d = sum_r e^(m_r - m) (B_r + A_r ((m_r - m) - (n_r - n))) / S
+
+Everything is taken relative to the maxima: lse(z) itself, in fp32, would be rounded at the size of the largest logit.
+
+Gradients are local, without a collective: dCE/dz = p - onehot, and dKL/dz = p ((log p - log q) - KL) with the *global*
+KL of the token (arXiv 2604.14339; a local KL is the usual mistake). Where z = t bitwise, KL and its gradient are
+exactly 0. Statistics are fp32 (fp64 for fp64 logits) whatever the logits' type: a bf16 sum over 150k columns loses the
+tail.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rpsd.parallel import VocabularyShard, group_size
+
+# A shard of padding only contributes e^(this - m) = 0; -inf would turn 0 x inf into nan.
+_LOWEST = -1e30
+
+
+def _statistics_type(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _max_and_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest logit per token [...] and e^(z - max) [..., columns]."""
+    if logits.shape[-1] == 0:
+        return logits.new_full(logits.shape[:-1], _LOWEST), logits
+    largest = logits.amax(dim=-1)
+    return largest, (logits - largest.unsqueeze(-1)).exp()
+
+
+def _gather_statistics(statistics: Tensor, shard: VocabularyShard) -> Tensor:
+    """All ranks' statistics [ranks, k, ...] from this rank's [k, ...]: the only collective of a loss."""
+    ranks = group_size(shard.group)
+    if ranks == 1:
+        return statistics.unsqueeze(0)
+    gathered = statistics.new_empty((ranks * statistics.shape[0], *statistics.shape[1:]))
+    if statistics.numel():  # every rank of the group holds the same tokens, so all skip an empty exchange together
+        dist.all_gather_into_tensor(gathered, statistics.contiguous(), group=shard.group)
+    return gathered.view(ranks, *statistics.shape)
+
+
+def _log_sum_exp(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """m [...], lse - m [...] and every rank's weight e^(m_r - m) [ranks, ...] from maxima and sums [ranks, ...].
+
+    The two parts of lse stay apart: their sum would round away what a confident token's loss consists of.
+    """
+    largest = maxima.amax(dim=0)
+    weights = (maxima - largest).exp()
+    return largest, (weights * sums).sum(dim=0).log(), weights
+
+
+def _padded_like(logits: Tensor, gradient: Tensor) -> Tensor:
+    """`gradient` of the real columns, widened to the shape of `logits` with zeros for padding, in its dtype."""
+    if gradient.shape[-1] == logits.shape[-1]:
+        return gradient.to(logits.dtype)
+    padded = torch.zeros_like(logits)
+    padded[..., : gradient.shape[-1]] = gradient
+    return padded
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor, shard: VocabularyShard) -> Tensor:
+        real = logits[..., : shard.columns].to(_statistics_type(logits))
+        largest, exponentials = _max_and_exp(real)
+        local = (labels >= shard.vocab_start) & (labels < shard.vocab_start + shard.columns)
+        column = torch.where(local, labels - shard.vocab_start, 0).unsqueeze(-1)
+        at_label = real.gather(-1, column).squeeze(-1) if shard.columns else largest
+        at_label = torch.where(local, at_label, 0)
+        gathered = _gather_statistics(torch.stack([largest, exponentials.sum(dim=-1), at_label]), shard)
+        largest, log_sum, _ = _log_sum_exp(gathered[:, 0], gathered[:, 1])
+        ctx.shard = shard
+        ctx.save_for_backward(logits, largest, log_sum, column, local)
+        return log_sum - (gathered[:, 2].sum(dim=0) - largest)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        logits, largest, log_sum, column, local = ctx.saved_tensors
+        real = logits[..., : ctx.shard.columns].to(log_sum.dtype)
+        gradient = (real - largest.unsqueeze(-1)).sub_(log_sum.unsqueeze(-1)).exp_()
+        if ctx.shard.columns:
+            gradient.scatter_add_(-1, column, -local.unsqueeze(-1).to(gradient.dtype))
+        return _padded_like(logits, gradient.mul_(grad.unsqueeze(-1))), None, None
+
+
+def vocab_parallel_cross_entropy(vocab_parallel_logits: Tensor, labels: Tensor, shard: VocabularyShard) -> Tensor:
+    """-log p(label) per token.
+
+    Args:
+        vocab_parallel_logits: [..., v/tp], any floating type; not modified.
+        labels: int64 [...], token ids below `shard.vocab_size`.
+        shard: the columns that this rank holds.
+
+    Returns:
+        [...] in fp32 (fp64 for fp64 logits), the same on every rank of `shard.group`.
+    """
+    assert vocab_parallel_logits.shape[-1] == shard.vocab_stop - shard.vocab_start
+    return _CrossEntropy.apply(vocab_parallel_logits, labels, shard)
+
+
+def _difference(z: Tensor, t: Tensor, z_max: Tensor, t_max: Tensor) -> Tensor:
+    """(z - max z) - (t - max t) [..., columns]: log p - log q up to one number per token, and exactly 0 where z = t."""
+    return (z - z_max.unsqueeze(-1)).sub_(t - t_max.unsqueeze(-1))
+
+
+class _ReverseKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student: Tensor, teacher: Tensor, shard: VocabularyShard) -> Tensor:
+        kind = _statistics_type(student)
+        z, t = student[..., : shard.columns].to(kind), teacher[..., : shard.columns].to(kind)
+        z_max, z_exp = _max_and_exp(z)
+        t_max, t_exp = _max_and_exp(t)
+        cross = (z_exp * _difference(z, t, z_max, t_max)).sum(dim=-1)
+        local = torch.stack([z_max, z_exp.sum(dim=-1), cross, t_max, t_exp.sum(dim=-1)])
+        gathered = _gather_statistics(local, shard)
+        z_largest, z_log_sum, weights = _log_sum_exp(gathered[:, 0], gathered[:, 1])
+        t_largest, t_log_sum, _ = _log_sum_exp(gathered[:, 3], gathered[:, 4])
+        # From differences to a rank's own maxima to differences to the group's.
+        moved = (gathered[:, 0] - z_largest) - (gathered[:, 3] - t_largest)
+        cross = (weights * (gathered[:, 2] + gathered[:, 1] * moved)).sum(dim=0)
+        kl = cross / (weights * gathered[:, 1]).sum(dim=0) - (z_log_sum - t_log_sum)
+        ctx.shard = shard
+        ctx.save_for_backward(student, teacher, z_largest, t_largest, z_log_sum, t_log_sum, kl)
+        return kl
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        student, teacher, z_largest, t_largest, z_log_sum, t_log_sum, kl = ctx.saved_tensors
+        columns = ctx.shard.columns
+        z, t = student[..., :columns].to(kl.dtype), teacher[..., :columns].to(kl.dtype)
+        p = (z - z_largest.unsqueeze(-1)).sub_(z_log_sum.unsqueeze(-1)).exp_()
+        # (log p - log q) - KL, with the differences taken logit by logit: exactly 0 where the views agree.
+        gradient = p * (_difference(z, t, z_largest, t_largest) - (z_log_sum - t_log_sum + kl).unsqueeze(-1))
+        return _padded_like(student, gradient.mul_(grad.unsqueeze(-1))), None, None
+
+
+def vocab_parallel_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, shard: VocabularyShard) -> Tensor:
+    """KL(p || q) = sum p (log p - log q) per token; p of the student, q of the teacher, to which no gradient flows.
+
+    Args:
+        student_logits, teacher_logits: [..., v/tp], the same tokens and columns; not modified.
+        shard: the columns that this rank holds.
+
+    Returns:
+        nats [...] in fp32 (fp64 for fp64 logits), the same on every rank of `shard.group`.
+    """
+    assert student_logits.shape == teacher_logits.shape
+    assert student_logits.shape[-1] == shard.vocab_stop - shard.vocab_start
+    return _ReverseKL.apply(student_logits, teacher_logits.detach(), shard)

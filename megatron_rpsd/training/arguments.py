@@ -1,0 +1,258 @@
+"""Our command-line arguments beside Megatron's, and every check that a user can fail."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import traceback
+
+from megatron.training.arguments import parse_args, validate_args
+from megatron.training.checkpointing import load_args_from_checkpoint
+from megatron.training.global_vars import get_tokenizer, set_global_variables
+from megatron.training.utils.common_utils import get_blend_and_blend_per_split
+from megatron.training.vocab_utils import calculate_padded_vocab_size
+
+from megatron_rpsd.data.manifest import check_prefix
+from megatron_rpsd.positions import PERTURBATIONS, SPLIT_SAMPLINGS, check_positions
+from megatron_rpsd.runtime.cpu import cpu_runtime_installed, set_cpu_arguments
+from megatron_rpsd.training.errors import quiet_parser
+from megatron_rpsd.training.forward_step import EXECUTIONS
+
+OBJECTIVES = ("standard", "pose", "rpsd")
+
+
+def add_rpsd_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the method's flags to Megatron's parser (its `extra_args_provider`)."""
+    group = parser.add_argument_group(title="rpsd")
+    group.add_argument(
+        "--objective", choices=OBJECTIVES, default="rpsd",
+        help="standard: CLM; pose: CLM on the perturbed view alone; rpsd: CLM plus the views' reverse KL.",
+    )  # fmt: skip
+    group.add_argument(
+        "--rpsd-perturbation", choices=PERTURBATIONS, default="skip", help="How the perturbed view's positions differ."
+    )
+    group.add_argument(
+        "--rpsd-max-shift", type=int, default=None, help="Y, largest shift of the skip view. Default: --seq-length."
+    )
+    group.add_argument("--rpsd-kl-weight", type=float, default=1.0, help="Weight of the KL beside the CLM loss.")
+    group.add_argument("--rpsd-seed", type=int, default=None, help="Seed of splits and shifts. Default: --seed.")
+    group.add_argument(
+        "--rpsd-execution", choices=EXECUTIONS, default="shared-prefix",
+        help="shared-prefix: run the perturbed view from its split on; full: a whole second view. The same gradient.",
+    )  # fmt: skip
+    group.add_argument(
+        "--rpsd-split-sampling", choices=SPLIT_SAMPLINGS, default="stratified",
+        help="stratified: one split for all data-parallel ranks of a micro-step, spread over the micro-steps of a "
+        "step; independent: every micro-batch draws its own.",
+    )  # fmt: skip
+    group.add_argument(
+        "--rpsd-split-granule", type=int, default=None,
+        help="Splits are rounded down to multiples of this many tokens. Default: 2 x CP x TP x 16, at most about "
+        "L / 8.",
+    )  # fmt: skip
+    group.add_argument(
+        "--rpsd-apply-probability", type=float, default=1.0,
+        help="p: take the second view on a share p of the micro-steps, its KL weighing 1 / p. Unbiased, cheaper, "
+        "noisier.",
+    )  # fmt: skip
+    group.add_argument(
+        "--rpsd-split-density", type=float, default=0.0,
+        help="a in [0, 1): draw splits with density 1 - a + 2 a s/L (short suffixes more often), the KL weighing its "
+        "inverse. Unbiased, cheaper, noisier.",
+    )  # fmt: skip
+    group.add_argument(
+        "--rope-parameters", type=str, default=None,
+        help='RoPE scaling as JSON in Hugging Face\'s schema, e.g. \'{"rope_type": "linear", "factor": 4.0}\'.',
+    )  # fmt: skip
+    group.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the CPU runtime over gloo.")
+    group.add_argument(
+        "--force-cpu-runtime", action="store_true", help="Allow --device cpu on a machine that has a GPU."
+    )
+    return quiet_parser(parser)
+
+
+def parse_and_check(defaults: dict | None = None) -> argparse.Namespace:
+    """Parse, complete, check and publish the arguments of this process, in the order that Megatron expects.
+
+    The same steps as Megatron's `parse_and_validate_args`, with our checks before its assertions. Model arguments come
+    from the checkpoint under `--use-checkpoint-args`.
+
+    Raises:
+        ValueError: one line that names the flag.
+    """
+    args = parse_args(add_rpsd_arguments)
+    if args.use_checkpoint_args:
+        _load_model_arguments(args)
+    if cpu_runtime_installed():
+        set_cpu_arguments(args)
+    _complete(args)
+    check_arguments(args)
+    try:
+        validate_args(args, defaults or {})
+    except AssertionError as refused:
+        # Many of Megatron's assertions carry no message; their source line says what they want.
+        reason = str(refused) or traceback.extract_tb(refused.__traceback__)[-1].line
+        raise ValueError(f"Megatron refuses these arguments: {reason}") from refused
+    if args.vocab_size is not None:
+        args.padded_vocab_size = calculate_padded_vocab_size(
+            args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size, logging_enabled=False
+        )
+    set_global_variables(args)
+    _settle_vocabulary(args)
+    return args
+
+
+def _load_model_arguments(args: argparse.Namespace) -> None:
+    """Take the model's arguments from the checkpoint; those that only this project knows, too."""
+    if args.load is None and args.pretrained_checkpoint is None:
+        raise ValueError("--use-checkpoint-args needs --load or --pretrained-checkpoint to name a checkpoint")
+    typed_rope, typed_vocab = args.rope_parameters, args.vocab_size
+    # Megatron would overwrite a raised base with the checkpoint's; whoever types it means it.
+    typed_base = args.rotary_base if any(word.split("=")[0] == "--rotary-base" for word in sys.argv) else None
+    # The newest first: what --load sets stays set when the pretrained checkpoint follows.
+    for name in ("pretrained_checkpoint", "load"):
+        loaded = load_args_from_checkpoint(args, load_arg=name)
+        if isinstance(loaded, tuple):
+            saved = loaded[1]
+            args.vocab_size = typed_vocab or getattr(saved, "vocab_size", None)
+            args.rope_parameters = typed_rope or getattr(saved, "rope_parameters", None)
+            args.qk_layernorm = saved.qk_layernorm
+            args.layernorm_epsilon = saved.layernorm_epsilon
+    args.rotary_base = args.rotary_base if typed_base is None else typed_base
+    # Padding depends on this run's tensor parallelism, so it is computed, never loaded.
+    args.padded_vocab_size = None
+
+
+def _complete(args: argparse.Namespace) -> None:
+    args.calculate_per_token_loss = True
+    args.create_attention_mask_in_dataloader = False
+    if args.eval_interval is None:  # Megatron 0.19 has no default, and divides by it: evaluate at the end
+        args.eval_interval = args.train_iters or 1000
+    if args.rpsd_seed is None:
+        args.rpsd_seed = args.seed
+    if args.rpsd_max_shift is None:
+        args.rpsd_max_shift = args.seq_length
+    if args.rpsd_split_granule is None and args.seq_length:
+        args.rpsd_split_granule = default_granule(args)
+    if args.seq_length and args.max_position_embeddings and args.max_position_embeddings < args.seq_length:
+        # The window grows: the adapted model's configuration must say so.
+        args.max_position_embeddings = args.seq_length
+
+
+def _granule_unit(args: argparse.Namespace) -> int:
+    """Tokens by which a suffix must divide: 2 x CP zigzag chunks, each shared out under sequence parallelism."""
+    cp, tp = args.context_parallel_size, args.tensor_model_parallel_size
+    return (2 * cp if cp > 1 else 1) * (tp if args.sequence_parallel else 1)
+
+
+def default_granule(args: argparse.Namespace) -> int:
+    """2 x CP x TP x 16 tokens, which keeps kernels' shapes even; less where L is short, so that splits stay many."""
+    unit = 2 * args.context_parallel_size * args.tensor_model_parallel_size
+    return min(max(unit, min(16 * unit, args.seq_length // 8 // unit * unit)), max(args.seq_length, 1))
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what cannot run, before any process group or file is touched.
+
+    Raises:
+        ValueError: one line with the flag, the value, the arithmetic and the way out.
+    """
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
+        if getattr(args, name) is None:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{flag} is not set: give it, or --use-checkpoint-args with --load or --pretrained-checkpoint"
+            )
+    _check_parallel_degrees(args)
+    _check_objective(args)
+    _check_model(args)
+    _check_data(args)
+
+
+def _check_parallel_degrees(args: argparse.Namespace) -> None:
+    tp, cp, pp = args.tensor_model_parallel_size, args.context_parallel_size, args.pipeline_model_parallel_size
+    if args.world_size % (tp * cp * pp):
+        raise ValueError(
+            f"the world size must be TP x CP x PP x DP: {args.world_size} processes were started, and TP x CP x PP = "
+            f"{tp} x {cp} x {pp} = {tp * cp * pp} does not divide them; change --nproc-per-node/--nnodes or the degrees"
+        )
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    for name, count in (("--num-attention-heads", args.num_attention_heads), ("--num-query-groups", groups)):
+        if count % tp:
+            raise ValueError(
+                f"--tensor-model-parallel-size {tp} does not divide {name} {count}: {count} / {tp} = {count / tp:.2f} "
+                "heads a rank; choose a divisor of both"
+            )
+    sequence_parallel = tp if args.sequence_parallel else 1
+    unit = 2 * cp * sequence_parallel if cp > 1 else sequence_parallel
+    if args.seq_length % unit:
+        factors = f"2 x CP{' x TP' if sequence_parallel > 1 else ''}" if cp > 1 else "TP (sequence parallelism)"
+        raise ValueError(
+            f"--seq-length {args.seq_length} does not divide by {factors} = {unit}; "
+            f"the nearest lengths are {args.seq_length // unit * unit} and {-(-args.seq_length // unit) * unit}"
+        )
+
+
+def _check_objective(args: argparse.Namespace) -> None:
+    if not math.isfinite(args.rpsd_kl_weight) or args.rpsd_kl_weight < 0:
+        raise ValueError(
+            f"--rpsd-kl-weight {args.rpsd_kl_weight}: the KL's weight must be a finite number of at least 0"
+        )
+    if args.rpsd_max_shift < 1:
+        raise ValueError(f"--rpsd-max-shift {args.rpsd_max_shift}: shifts are drawn from 1..Y, so Y must be at least 1")
+    check_positions(args.seq_length, args.rpsd_max_shift)
+    unit = _granule_unit(args)
+    if args.rpsd_split_granule < 1 or args.rpsd_split_granule % unit:
+        raise ValueError(
+            f"--rpsd-split-granule {args.rpsd_split_granule}: a suffix must divide by 2 x CP (x TP under sequence "
+            f"parallelism) = {unit}, so the granule must be a multiple of {unit}"
+        )
+    if args.rpsd_split_sampling == "stratified" and (args.rampup_batch_size or args.step_batch_size_schedule):
+        raise ValueError(
+            "--rpsd-split-sampling stratified spreads splits over a global batch of one size; with --rampup-batch-size "
+            "or --step-batch-size-schedule use independent"
+        )
+
+
+def _check_model(args: argparse.Namespace) -> None:
+    if args.attention_dropout or args.hidden_dropout:
+        raise ValueError(
+            f"--attention-dropout {args.attention_dropout} --hidden-dropout {args.hidden_dropout}: both views must see "
+            "the same network, so dropout is not supported; set both to 0"
+        )
+    if args.position_embedding_type != "rope" or args.rotary_percent != 1.0:
+        raise ValueError(
+            f"--position-embedding-type {args.position_embedding_type} --rotary-percent {args.rotary_percent}: "
+            "views differ in their RoPE positions; use rope over the whole head (scaling such as YaRN goes into "
+            "--rope-parameters)"
+        )
+    if args.normalization != "RMSNorm":
+        raise ValueError(f"--normalization {args.normalization}: only RMSNorm models are supported")
+    if args.num_experts or args.multi_latent_attention or args.mtp_num_layers:
+        raise ValueError("mixture of experts, multi-latent attention and multi-token prediction are not supported")
+    if args.kv_channels is not None and args.kv_channels % 2:
+        raise ValueError(f"--kv-channels {args.kv_channels}: RoPE rotates pairs, so the head dimension must be even")
+
+
+def _check_data(args: argparse.Namespace) -> None:
+    if args.reset_position_ids or args.reset_attention_mask:
+        raise ValueError(
+            "--reset-position-ids and --reset-attention-mask are not supported: views span the whole sample"
+        )
+    blend, per_split = get_blend_and_blend_per_split(args)
+    for prefixes, _ in [part for part in [blend, *(per_split or [])] if part]:
+        for prefix in prefixes:
+            check_prefix(prefix, args.vocab_size)
+
+
+def _settle_vocabulary(args: argparse.Namespace) -> None:
+    """The model's real vocabulary: the checkpoint's or the flag's, else the tokenizer's."""
+    tokens = get_tokenizer().vocab_size
+    if args.vocab_size is None:
+        args.vocab_size = tokens
+    if tokens > args.vocab_size:
+        raise ValueError(
+            f"--tokenizer-model {args.tokenizer_model} has {tokens} tokens, "
+            f"the model's vocabulary only {args.vocab_size}; use the model's own tokenizer"
+        )

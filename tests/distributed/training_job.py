@@ -1,0 +1,46 @@
+"""Whole training runs and refused command lines, on ranks of the pool."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+
+from megatron_rpsd.training import main as entry
+from megatron_rpsd.training.session import end_session
+
+
+@contextlib.contextmanager
+def _argv(arguments: list[str]):
+    before = sys.argv
+    sys.argv = ["main", *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def train(arguments: list[str]) -> str:
+    """Run the entry point as torchrun would; the rank's standard output."""
+    output = io.StringIO()
+    try:
+        with _argv(arguments), contextlib.redirect_stdout(output):
+            entry.main()
+    except SystemExit as left:  # how Megatron ends a run at --exit-interval
+        assert not left.code, left.code
+    finally:
+        end_session()
+    return output.getvalue()
+
+
+def refused(arguments: list[str]) -> tuple[int | None, str]:
+    """Exit code and standard error of a command line that should be refused."""
+    errors, code = io.StringIO(), None
+    try:
+        with _argv(arguments), contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+            entry.main()
+    except SystemExit as left:
+        code = left.code
+    finally:
+        end_session()
+    return code, errors.getvalue()

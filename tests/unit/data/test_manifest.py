@@ -1,0 +1,73 @@
+"""What training may read: check_prefix against good, missing, foreign and broken data."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from megatron_rpsd.data.manifest import InputFile, Manifest, check_prefix, read_manifest, write_manifest
+
+MANIFEST = Manifest(
+    tokenizer_sha256="ab",
+    vocab_size=300,
+    max_token_id=280,
+    dtype="uint16",
+    eod_id=2,
+    documents=1,
+    empty_documents=0,
+    tokens=9,
+    seq_length=4,
+    windows=2,
+    inputs=(InputFile("a.txt", 5, "cd"),),
+)
+
+
+@pytest.fixture
+def prefix(tmp_path: Path) -> str:
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"v1.5{suffix}").touch()
+    return str(tmp_path / "v1.5")
+
+
+def refusal(prefix: str, vocab_size: int) -> str:
+    with pytest.raises(ValueError) as error:
+        check_prefix(prefix, vocab_size)
+    assert "\n" not in str(error.value) and f"--data-path {prefix}" in str(error.value)
+    return str(error.value)
+
+
+def test_round_trip(prefix: str) -> None:
+    assert write_manifest(prefix, MANIFEST) == Path(prefix + ".json")
+    assert read_manifest(prefix) == MANIFEST
+    assert check_prefix(prefix, 300) == MANIFEST
+    assert check_prefix(prefix, 512) == MANIFEST
+
+
+def test_data_of_another_tool_have_no_manifest(prefix: str) -> None:
+    assert read_manifest(prefix) is None
+    assert check_prefix(prefix, 1) is None
+
+
+def test_missing_files_are_named(prefix: str) -> None:
+    Path(prefix + ".idx").unlink()
+    message = refusal(prefix, 300)
+    assert f"no {prefix}.idx" in message and f"no {prefix}.bin" not in message
+
+
+def test_another_vocabulary_is_refused(prefix: str) -> None:
+    write_manifest(prefix, MANIFEST)
+    assert "tokenizer of 300 entries" in refusal(prefix, 299)
+    assert "tokenizer of 300 entries" in refusal(prefix, 281)
+    assert "token id 280" in refusal(prefix, 280)
+    write_manifest(prefix, dataclasses.replace(MANIFEST, max_token_id=310))
+    assert "token id 310" in refusal(prefix, 310)
+    assert check_prefix(prefix, 311) is not None
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": 2}', '{"format": 1, "inputs": []}'])
+def test_a_broken_manifest_is_an_error_not_a_missing_one(prefix: str, text: str) -> None:
+    Path(prefix + ".json").write_text(text)
+    with pytest.raises(ValueError, match="is not a manifest"):
+        read_manifest(prefix)
