@@ -68,7 +68,8 @@ def _figures(summary: Mapping, curves: Mapping[str, Mapping[str, Series]]) -> li
             html.figure(by_shift, "Means over the held-out windows; bars are standard errors of the mean. Lower is "
                         "more robust: 0 would mean that predictions do not depend on the gap.",
                         "View KL against shift before, with the control and with RPSD"),
-            html.figure(paired, "The same windows before and after, one column each; lines are means.",
+            html.figure(paired, "The same windows before and after, one column each; lines are means of "
+                        "these percentages, in which every window weighs alike.",
                         "Change of the view KL of every held-out window, control and RPSD"),
         ),
         html.section(

@@ -18,6 +18,7 @@ import platform
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,7 @@ class Quickstart:
         flags = {
             "--objective": arm,
             "--rpsd-perturbation": "skip",
+            "--rpsd-split-granule": settings.split_granule,
             "--pretrained-checkpoint": self.paths.imported,
             "--load": folder,
             "--save": folder,
@@ -296,6 +298,9 @@ class Quickstart:
             return self.report()
         except StageFailed as failed:
             fail(f"stage {self.stages.number} of {self.stages.count} failed: {failed}")
+        except BrokenProcessPool:
+            where = f"stage {self.stages.number} of {self.stages.count}"
+            fail(f"{where} failed: a process was killed, most likely because memory ran out")
         except KeyboardInterrupt:
             print("\ninterrupted; the same command goes on from here", file=sys.stderr)
             raise SystemExit(130) from None

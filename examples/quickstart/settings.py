@@ -25,6 +25,8 @@ class Settings:
     warmup_steps: int = 4
     global_batch_size: int = 2
     """windows a step, one on each rank"""
+    split_granule: int = 1
+    """tokens; a coarse one would round many of so short a window's splits down to 0, where both views are the same"""
     seed: int = 1234
     held_out_fraction: float = 0.1
     """of the documents"""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -31,9 +32,9 @@ def _serve(rank: int, world_size: int, store: str, pipe, function: Callable, arg
         answer = (True, function(*arguments))
     except BaseException:
         answer = (False, traceback.format_exc())
-    pipe.send(answer)
+    # By value: multiprocessing's own pickler would share tensors by file descriptors that end with this process.
+    pipe.send_bytes(pickle.dumps(answer))
     pipe.close()
-    os._exit(0)  # without waiting for gloo's threads
 
 
 class RankPool:
@@ -62,6 +63,9 @@ class RankPool:
                 pipes.append(ours)
             try:
                 answers = self._answers(pipes)
+                all_well = len(answers) == world_size and all(succeeded for succeeded, _ in answers.values())
+                for process in processes:
+                    process.join(timeout=20.0 if all_well else 1.0)  # lets a rank end the processes it started
             finally:
                 for process in processes:
                     process.kill()
@@ -81,7 +85,7 @@ class RankPool:
             for pipe in wait(waiting, timeout=1.0):
                 rank = pipes.index(pipe)
                 try:
-                    answers[rank] = pipe.recv()
+                    answers[rank] = pickle.loads(pipe.recv_bytes())
                 except EOFError:
                     answers[rank] = (False, f"rank {rank} died without an answer")
                 if not answers[rank][0]:

@@ -1,0 +1,135 @@
+"""Measured cost of a view pair over one view: same model, same process, repetitions interleaved, medians.
+
+A step is a forward and a backward pass through Megatron's schedule and DDP. The optimizer is left out: it costs the same
+in all three and would only bring the ratios nearer to 1.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from megatron_rpsd.planning import ModelShape, step_ratio_bound
+from megatron_rpsd.positions import View
+
+_WAYS = ("clm", "full", "shared-prefix")
+
+
+@dataclass(frozen=True)
+class CostSettings:
+    """What is measured."""
+
+    seq_length: int
+    shape: ModelShape
+    splits: int = 8
+    repetitions: int = 1
+    device: str = "cpu"
+
+    def split_points(self) -> list[int]:
+        """The middles of equal strata, rounded down to 32 tokens."""
+        return [int((k + 0.5) / self.splits * self.seq_length) // 32 * 32 for k in range(self.splits)]
+
+
+def _arguments(settings: CostSettings) -> list[str]:
+    shape = settings.shape
+    sizes = {
+        "--num-layers": shape.num_layers,
+        "--hidden-size": shape.hidden_size,
+        "--ffn-hidden-size": shape.ffn_hidden_size,
+        "--num-attention-heads": shape.num_attention_heads,
+        "--num-query-groups": shape.num_query_groups,
+        "--kv-channels": shape.head_dim,
+        "--vocab-size": shape.vocab_size,
+        "--seq-length": settings.seq_length,
+        "--max-position-embeddings": settings.seq_length,
+        "--attention-dropout": 0,
+        "--hidden-dropout": 0,
+    }
+    words = [str(word) for pair in sizes.items() for word in pair]
+    return [
+        *words, "--group-query-attention", "--swiglu", "--disable-bias-linear", "--normalization", "RMSNorm",
+        "--position-embedding-type", "rope", "--tokenizer-type", "NullTokenizer", "--device", settings.device,
+        "--no-check-for-nan-in-loss-and-grad", *([] if settings.device == "cpu" else ["--bf16"]),
+    ]  # fmt: skip
+
+
+def _step_runner(settings: CostSettings) -> Callable[[str, View], tuple[float, int]]:
+    """A function (way, view) -> (seconds, peak bytes above the resting state) over a model built once."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron_rpsd.training.run import forward_step_from_args
+    from megatron_rpsd.training.session import build_stages, start_session
+
+    args, config = start_session(_arguments(settings))
+    (stage,) = build_stages(config, args, wrap_with_ddp=True)
+    ids = torch.randint(0, settings.shape.vocab_size, (1, settings.seq_length + 1))
+    sample = {"tokens": ids[:, :-1], "labels": ids[:, 1:], "loss_mask": torch.ones(1, settings.seq_length)}
+    forward_step = forward_step_from_args(args, config)
+
+    def run(way: str, view: View) -> tuple[float, int]:
+        start = {"clm": None, "full": 0, "shared-prefix": view.split}[way]
+
+        def forward(iterator, model):
+            return forward_step.run(model, sample, [view], forward_step.layout(start))
+
+        stage.zero_grad_buffer()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        resting, started = torch.cuda.memory_allocated(), time.perf_counter()
+        get_forward_backward_func()(
+            forward_step_func=forward, data_iterator=None, model=stage, num_microbatches=1,
+            seq_length=settings.seq_length, micro_batch_size=1, forward_only=False,
+        )  # fmt: skip
+        torch.cuda.synchronize()
+        return time.perf_counter() - started, torch.cuda.max_memory_allocated() - resting
+
+    return run
+
+
+def measure_view_costs(settings: CostSettings, progress: Callable[[str], None] = lambda line: None) -> dict:
+    """Time every way at every split, interleaved.
+
+    Returns:
+        step_ratio and flop_bound per way (means over splits), seconds and peak_bytes (medians), and every split's row.
+    """
+    from megatron_rpsd.training.session import end_session
+
+    run = _step_runner(settings)
+    try:
+        for way in _WAYS:  # first calls allocate
+            run(way, View(settings.split_points()[0], 7))
+        rows = []
+        for split in settings.split_points():
+            view = View(split, settings.seq_length // 3)
+            measured = {way: [] for way in _WAYS}
+            for _ in range(settings.repetitions):
+                for way in _WAYS:
+                    measured[way].append(run(way, view))
+            seconds = {way: statistics.median(time for time, _ in values) for way, values in measured.items()}
+            peaks = {way: statistics.median(peak for _, peak in values) for way, values in measured.items()}
+            bound = step_ratio_bound(settings.shape, settings.seq_length, split)
+            rows.append({"split": split, "seconds": seconds, "peak_bytes": peaks, "shared_prefix_bound": bound})
+            progress(
+                f"split {split:6d}: clm {seconds['clm']:.2f} s, full {seconds['full'] / seconds['clm']:.3f} x, "
+                f"shared-prefix {seconds['shared-prefix'] / seconds['clm']:.3f} x (bound {bound:.3f})"
+            )
+    finally:
+        end_session()
+    clm = statistics.median(row["seconds"]["clm"] for row in rows)
+    ratio = {way: statistics.mean(row["seconds"][way] for row in rows) / clm for way in _WAYS[1:]}
+    bounds = {"full": 2.0, "shared-prefix": statistics.mean(row["shared_prefix_bound"] for row in rows)}
+    return {
+        "seq_length": settings.seq_length,
+        "shape": vars(settings.shape),
+        "step_ratio": ratio,
+        "flop_bound": bounds,
+        "ratio_over_bound": {way: ratio[way] / bounds[way] for way in ratio},
+        "seconds": {way: statistics.median(row["seconds"][way] for row in rows) for way in _WAYS},
+        "peak_bytes": {way: max(row["peak_bytes"][way] for row in rows) for way in _WAYS},
+        "mean_peak_bytes": {way: statistics.mean(row["peak_bytes"][way] for row in rows) for way in _WAYS},
+        "splits": rows,
+    }
