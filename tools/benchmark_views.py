@@ -9,8 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_rpsd.evaluation.view_costs import CostSettings, measure_view_costs
 from megatron_rpsd.planning import ModelShape
+from megatron_rpsd.planning.view_costs import CostSettings, measure_view_costs
 from megatron_rpsd.training.errors import one_line_errors, quiet_parser
 from megatron_rpsd.training.main import choose_device
 

@@ -26,26 +26,22 @@ def test_the_benchmark_of_views_reports_ratios_beside_the_bound(tmp_path):
     assert all(row["seconds"][way] > 0 for row in result["splits"] for way in ("clm", "full", "shared-prefix"))
 
 
+CONVERT, PROBE, BENCHMARK = (f"tools/{name}.py" for name in ("convert_checkpoint", "probe_views", "benchmark_views"))
+WINDOW = ["--hf", "{llama}", "--tokens", "{tokens}", "--kind", "skip", "--shift", "2", "--output", "{tmp}/p.json"]
+EXPORT = ["--hf-reference", "{llama}", "--output", "{tmp}/out"]
+
 REFUSED = {
-    "no_folder": (["tools/convert_checkpoint.py", "import", "--hf", "nowhere", "--output", "{tmp}/out"], "nowhere"),
-    "no_checkpoint": (
-        ["tools/convert_checkpoint.py", "export", "--checkpoint", "{tmp}", "--hf-reference", "{llama}", "--output", "{tmp}/o"],
-        "--checkpoint",
-    ),
-    "unknown_kind": (["tools/probe_views.py", "--hf", "x", "--tokens", "y", "--kind", "twist"], "--kind"),
-    "heads": (
-        ["tools/probe_views.py", "--hf", "{llama}", "--tokens", "{tokens}", "--kind", "skip", "--split", "4", "--shift",
-         "2", "--tensor-model-parallel-size", "4", "--output", "{tmp}/p.json"],
-        "--tensor-model-parallel-size 4",
-    ),
+    "no_folder": ([CONVERT, "import", "--hf", "nowhere", "--output", "{tmp}/out"], "nowhere"),
+    "no_checkpoint": ([CONVERT, "export", "--checkpoint", "{tmp}", *EXPORT], "--checkpoint"),
+    "unknown_kind": ([PROBE, "--hf", "x", "--tokens", "y", "--kind", "twist"], "--kind"),
+    "heads": ([PROBE, *WINDOW, "--split", "4", "--tensor-model-parallel-size", "4"], "--tensor-model-parallel-size 4"),
     "suffix": (
-        ["tools/probe_views.py", "--hf", "{llama}", "--tokens", "{tokens}", "--kind", "skip", "--split", "5", "--shift",
-         "2", "--context-parallel-size", "2", "--execution", "shared-prefix", "--output", "{tmp}/p.json"],
+        [PROBE, *WINDOW, "--split", "5", "--context-parallel-size", "2", "--execution", "shared-prefix"],
         "--split 5",
     ),
-    "hidden": (["tools/benchmark_views.py", "--seq-length", "512", "--hidden-size", "100", "--output", "{tmp}/b"], "100"),
+    "hidden": ([BENCHMARK, "--seq-length", "512", "--hidden-size", "100", "--output", "{tmp}/b.json"], "100"),
     "torchrun": (["-m", "megatron_rpsd.training.main", "--device", "cpu", "--num-layers", "2"], "--hidden-size"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -1,7 +1,7 @@
 """Measured cost of a view pair over one view: same model, same process, repetitions interleaved, medians.
 
-A step is a forward and a backward pass through Megatron's schedule and DDP. The optimizer is left out: it costs the same
-in all three and would only bring the ratios nearer to 1.
+A step is a forward and a backward pass through Megatron's schedule and DDP. The optimizer is left out: it costs the
+same in all three and would only bring the ratios nearer to 1.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_rpsd.planning import ModelShape, step_ratio_bound
+from megatron_rpsd.planning.flops import ModelShape, step_ratio_bound
 from megatron_rpsd.positions import View
 
 _WAYS = ("clm", "full", "shared-prefix")
