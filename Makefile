@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -e -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint clean
+.PHONY: help venv demo test bench lint clean
 
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -28,6 +28,9 @@ demo: venv ## run the main job on a real model on this machine's CPU; writes run
 
 test: venv ## run the whole suite
 	$(VENV_PYTHON) -m pytest
+
+bench: venv ## measure what a view pair costs beside one view; writes runs/bench/results.json
+	$(VENV_PYTHON) tools/benchmark_views.py --seq-length 4096 --vocab-size 4096 --output runs/bench/results.json
 
 lint: venv ## ruff: rules and format
 	$(VENV_PYTHON) -m ruff check .

@@ -14,13 +14,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_rpsd.data.smollm2 import fetch
+from megatron_rpsd.training.errors import quiet_parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 when the folder is there, 2 with one line on stderr when it cannot be made."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
-    args = parser.parse_args(argv)
+    args = quiet_parser(parser).parse_args(argv)
     try:
         made = fetch(args.output)
     except (ValueError, OSError) as error:

@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_rpsd.data.preprocess import PreprocessConfig, preprocess
+from megatron_rpsd.training.errors import quiet_parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--json-key", default="text", metavar="KEY", help="text in a .jsonl line (default: text)")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenize (default: 1)")
-    args = parser.parse_args(argv)
+    args = quiet_parser(parser).parse_args(argv)
     try:
         manifest = preprocess(
             PreprocessConfig(

@@ -1,8 +1,8 @@
 """Floating-point operations of a training step, from the model's shape alone.
 
 A matrix product of a token with an [out, in] weight is 2 x out x in operations forward and twice that backward. A
-causal query-key pair costs 2 d for the score and 2 d for the value, per head, and again twice that backward. Norms, rotation,
-softmax and the losses are left out: they move memory rather than multiply.
+causal query-key pair costs 2 d for the score and 2 d for the value, per head, and again twice that backward. Norms,
+rotation, softmax and the losses are left out: they move memory rather than multiply.
 """
 
 from __future__ import annotations

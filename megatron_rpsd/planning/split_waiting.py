@@ -1,8 +1,8 @@
 """What drawing splits independently on every data-parallel rank costs: a step waits for the longest suffix.
 
 With x = s / L a micro-step of a view pair costs 1 + 1 - x of one view's linear layers and 1 + 1 - x^2 of its attention.
-All data-parallel ranks finish a micro-step's gradients together only at the end of a global step, so a rank's time is the
-sum over its M micro-steps, and the step takes the maximum over ranks.
+All data-parallel ranks finish a micro-step's gradients together only at the end of a global step, so a rank's time is
+the sum over its M micro-steps, and the step takes the maximum over ranks.
 """
 
 from __future__ import annotations
