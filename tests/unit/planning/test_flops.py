@@ -41,3 +41,19 @@ def test_waiting_for_the_longest_suffix():
     assert many.stratified == pytest.approx(1.5, abs=0.05)
     attention = expected_step_time(1, 8, 1.0, steps=100)
     assert attention.stratified == pytest.approx(5 / 3, abs=0.02)  # 2 - E[x^2]
+
+
+def test_the_variance_of_weighed_draws_equals_a_simulation():
+    import numpy as np
+
+    from megatron_rpsd.planning.split_variance import variance_ratio
+    from megatron_rpsd.positions import ViewSampler
+
+    strata, length = 16, 4096
+    gradients = np.linspace(3.0, 0.5, strata)  # one-dimensional gradients, larger for longer suffixes
+    ratio = variance_ratio(gradients**2, gradients.mean() ** 2, probability=0.5, density=0.6)
+    sampler = ViewSampler(3, "skip", length, apply_probability=0.5, split_density=0.6)
+    draws = [sampler.draw(index) for index in range(40_000)]
+    drawn = np.array([draw.kl_weight * gradients[draw.view.split * strata // length] for draw in draws])
+    assert drawn.mean() == pytest.approx(gradients.mean(), rel=0.02)
+    assert drawn.var() / gradients.var() == pytest.approx(ratio, rel=0.03)
