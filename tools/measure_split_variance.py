@@ -37,8 +37,9 @@ def main() -> None:
     for probability, density in SETTINGS:
         sampler = ViewSampler(0, "skip", length, apply_probability=probability, split_density=density)
         linear, attention = sampler.expected_suffix()
-        row = {"apply_probability": probability, "split_density": density, "linear": 1 + linear,
-               "attention": 1 + attention, "variance_ratio": variance_ratio(squares, mean, probability, density)}  # fmt: skip
+        row = {"apply_probability": probability, "split_density": density}
+        row |= {"linear": 1 + linear, "attention": 1 + attention}
+        row["variance_ratio"] = variance_ratio(squares, mean, probability, density)
         rows.append(row)
         print("  ".join(f"{name} {value:.3f}" for name, value in row.items()))
     output = Path(args.output)
