@@ -300,7 +300,7 @@ class Quickstart:
             fail(f"stage {self.stages.number} of {self.stages.count} failed: {failed}")
         except BrokenProcessPool:
             where = f"stage {self.stages.number} of {self.stages.count}"
-            fail(f"{where} failed: a process was killed, most likely because memory ran out")
+            fail(f"{where} failed: a worker process was killed (did memory run out?); run the same command again")
         except KeyboardInterrupt:
             print("\ninterrupted; the same command goes on from here", file=sys.stderr)
             raise SystemExit(130) from None

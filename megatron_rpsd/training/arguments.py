@@ -149,7 +149,7 @@ def _granule_unit(args: argparse.Namespace) -> int:
 def default_granule(args: argparse.Namespace) -> int:
     """2 x CP x TP x 16 tokens, which keeps kernels' shapes even; less where L is short, so that splits stay many."""
     unit = 2 * args.context_parallel_size * args.tensor_model_parallel_size
-    return min(max(unit, min(16 * unit, args.seq_length // 8 // unit * unit)), max(args.seq_length, 1))
+    return min(max(unit, min(16 * unit, args.seq_length // 32 // unit * unit)), max(args.seq_length, 1))
 
 
 def check_arguments(args: argparse.Namespace) -> None:
