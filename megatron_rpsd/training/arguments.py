@@ -168,6 +168,12 @@ def check_arguments(args: argparse.Namespace) -> None:
     _check_objective(args)
     _check_model(args)
     _check_data(args)
+    decay = args.lr_decay_iters or args.train_iters
+    if decay and args.lr_warmup_iters >= decay:
+        raise ValueError(
+            f"--lr-warmup-iters {args.lr_warmup_iters} must be smaller than the {decay} steps of --train-iters (or "
+            "--lr-decay-iters): the learning rate would never reach its peak"
+        )
 
 
 def _check_parallel_degrees(args: argparse.Namespace) -> None:

@@ -141,6 +141,8 @@ REFUSED = {
     "world": ([*TP2, *CP2], 3, ["world size", "2 x 2 x 1 = 4", "3"]),
     "no_data": (["--data-path", "/nowhere/corpus"], 1, ["/nowhere/corpus"]),
     "dropout": (["--attention-dropout", "0.1", "--hidden-dropout", "0.1"], 1, ["dropout"]),
+    "warmup": (["--lr-warmup-iters", "2"], 1, ["--lr-warmup-iters 2", "2 steps"]),
+    "granule": (["--rpsd-split-granule", "6", *CP2], 2, ["--rpsd-split-granule 6", "multiple of 4"]),
     "unknown_flag": (["--rpsd-shift", "4"], 1, ["--rpsd-shift"]),
 }
 
