@@ -78,7 +78,9 @@ def ignore_expected_warnings() -> None:
     """Leave out the warnings that say no more than that there is no GPU.
 
     Megatron warns once a module that Apex and Transformer Engine are absent, DataLoader that it pins nothing.
+    Megatron's sources are compiled at their first import, and one holds an escape sequence that Python warns of.
     """
+    warnings.filterwarnings("ignore", category=SyntaxWarning)
     for expected in (
         "Apex",
         "Transformer Engine",
