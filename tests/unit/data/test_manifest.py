@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy
 import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_rpsd.data.manifest import InputFile, Manifest, check_prefix, read_manifest, write_manifest
 
@@ -45,9 +48,15 @@ def test_round_trip(prefix: str) -> None:
     assert check_prefix(prefix, 512) == MANIFEST
 
 
-def test_data_of_another_tool_have_no_manifest(prefix: str) -> None:
+def test_data_of_another_tool_have_no_manifest_and_are_looked_at(tmp_path: Path) -> None:
+    prefix = str(tmp_path / "foreign")
+    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=numpy.int32)
+    for document in ([3, 9, 4], [80, 1]):
+        builder.add_document(torch.tensor(document), [len(document)])
+    builder.finalize(prefix + ".idx")
     assert read_manifest(prefix) is None
-    assert check_prefix(prefix, 1) is None
+    assert check_prefix(prefix, 81) is None
+    assert "token id 80" in refusal(prefix, 80)
 
 
 def test_missing_files_are_named(prefix: str) -> None:
