@@ -43,10 +43,10 @@ def main() -> None:
         shape = ModelShape(args.num_layers, args.hidden_size, ffn, heads, heads, 64, args.vocab_size)
         settings = CostSettings(args.seq_length, shape, args.splits, args.repetitions, args.device)
         result = measure_view_costs(settings, lambda line: print(line, flush=True))
-    print(f"{'':14s} {'step ratio':>11s} {'FLOP bound':>11s} {'peak MiB':>9s}")
+    print(f"{'':14s} {'step ratio':>11s} {'FLOP bound':>11s} {'activation MiB':>15s}")
     for way in ("clm", "full", "shared-prefix"):
         ratio, bound = result["step_ratio"].get(way, 1.0), result["flop_bound"].get(way, 1.0)
-        print(f"{way:14s} {ratio:11.3f} {bound:11.3f} {result['mean_peak_bytes'][way] / 2**20:9.0f}")
+        print(f"{way:14s} {ratio:11.3f} {bound:11.3f} {result['activation_bytes'][way] / 2**20:15.0f}")
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")

@@ -57,8 +57,37 @@ def _arguments(settings: CostSettings) -> list[str]:
     ]  # fmt: skip
 
 
-def _step_runner(settings: CostSettings) -> Callable[[str, View], tuple[float, int]]:
-    """A function (way, view) -> (seconds, peak bytes above the resting state) over a model built once."""
+class _SavedForBackward:
+    """Counts what a forward pass keeps for its backward pass: the bytes of distinct storages, parameters left out.
+
+    A process's resident set cannot tell, since its allocator keeps what was freed.
+    """
+
+    def __init__(self, parameters) -> None:
+        self._parameters = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+        self._storages: dict[int, torch.UntypedStorage] = {}
+
+    def __enter__(self) -> _SavedForBackward:
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
+        self._hooks.__enter__()
+        return self
+
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._parameters:
+            self._storages[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    def __exit__(self, *exception) -> None:
+        self._hooks.__exit__(*exception)
+
+    @property
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self._storages.values())
+
+
+def _step_runner(settings: CostSettings):
+    """Functions (way, view) -> seconds of a step, and (way, view) -> bytes saved for backward, over one model."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megatron_rpsd.training.run import forward_step_from_args
@@ -70,35 +99,39 @@ def _step_runner(settings: CostSettings) -> Callable[[str, View], tuple[float, i
     sample = {"tokens": ids[:, :-1], "labels": ids[:, 1:], "loss_mask": torch.ones(1, settings.seq_length)}
     forward_step = forward_step_from_args(args, config)
 
-    def run(way: str, view: View) -> tuple[float, int]:
+    def forward_pass(way: str, view: View):
         start = {"clm": None, "full": 0, "shared-prefix": view.split}[way]
+        return forward_step.run(stage, sample, [view], forward_step.layout(start))
 
-        def forward(iterator, model):
-            return forward_step.run(model, sample, [view], forward_step.layout(start))
+    def saved_bytes(way: str, view: View) -> int:
+        with _SavedForBackward(stage.parameters()) as saved:
+            forward_pass(way, view)
+        return saved.bytes
 
+    def seconds(way: str, view: View) -> float:
         stage.zero_grad_buffer()
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        resting, started = torch.cuda.memory_allocated(), time.perf_counter()
+        started = time.perf_counter()
         get_forward_backward_func()(
-            forward_step_func=forward, data_iterator=None, model=stage, num_microbatches=1,
-            seq_length=settings.seq_length, micro_batch_size=1, forward_only=False,
+            forward_step_func=lambda iterator, model: forward_pass(way, view), data_iterator=None, model=stage,
+            num_microbatches=1, seq_length=settings.seq_length, micro_batch_size=1, forward_only=False,
         )  # fmt: skip
         torch.cuda.synchronize()
-        return time.perf_counter() - started, torch.cuda.max_memory_allocated() - resting
+        return time.perf_counter() - started
 
-    return run
+    return seconds, saved_bytes
 
 
 def measure_view_costs(settings: CostSettings, progress: Callable[[str], None] = lambda line: None) -> dict:
     """Time every way at every split, interleaved.
 
     Returns:
-        step_ratio and flop_bound per way (means over splits), seconds and peak_bytes (medians), and every split's row.
+        step_ratio and flop_bound per way (means over splits), seconds (medians), activation_bytes (saved for
+        backward, means over splits), and every split's row.
     """
     from megatron_rpsd.training.session import end_session
 
-    run = _step_runner(settings)
+    run, saved_bytes = _step_runner(settings)
     try:
         for way in _WAYS:  # first calls allocate
             run(way, View(settings.split_points()[0], 7))
@@ -109,10 +142,11 @@ def measure_view_costs(settings: CostSettings, progress: Callable[[str], None] =
             for _ in range(settings.repetitions):
                 for way in _WAYS:
                     measured[way].append(run(way, view))
-            seconds = {way: statistics.median(time for time, _ in values) for way, values in measured.items()}
-            peaks = {way: statistics.median(peak for _, peak in values) for way, values in measured.items()}
+            seconds = {way: statistics.median(values) for way, values in measured.items()}
+            saved = {way: saved_bytes(way, view) for way in _WAYS}
             bound = step_ratio_bound(settings.shape, settings.seq_length, split)
-            rows.append({"split": split, "seconds": seconds, "peak_bytes": peaks, "shared_prefix_bound": bound})
+            row = {"split": split, "seconds": seconds, "activation_bytes": saved}
+            rows.append({**row, "shared_prefix_bound": bound})
             progress(
                 f"split {split:6d}: clm {seconds['clm']:.2f} s, full {seconds['full'] / seconds['clm']:.3f} x, "
                 f"shared-prefix {seconds['shared-prefix'] / seconds['clm']:.3f} x (bound {bound:.3f})"
@@ -129,7 +163,6 @@ def measure_view_costs(settings: CostSettings, progress: Callable[[str], None] =
         "flop_bound": bounds,
         "ratio_over_bound": {way: ratio[way] / bounds[way] for way in ratio},
         "seconds": {way: statistics.median(row["seconds"][way] for row in rows) for way in _WAYS},
-        "peak_bytes": {way: max(row["peak_bytes"][way] for row in rows) for way in _WAYS},
-        "mean_peak_bytes": {way: statistics.mean(row["peak_bytes"][way] for row in rows) for way in _WAYS},
+        "activation_bytes": {way: statistics.mean(row["activation_bytes"][way] for row in rows) for way in _WAYS},
         "splits": rows,
     }

@@ -23,6 +23,8 @@ def test_the_benchmark_of_views_reports_ratios_beside_the_bound(tmp_path):
     result = json.loads((tmp_path / "views.json").read_text())
     assert set(result["step_ratio"]) == {"full", "shared-prefix"}
     assert 1 < result["flop_bound"]["shared-prefix"] < result["flop_bound"]["full"] == 2
+    saved = result["activation_bytes"]
+    assert saved["clm"] < saved["shared-prefix"] < saved["full"] < 2.5 * saved["clm"]
     assert all(row["seconds"][way] > 0 for row in result["splits"] for way in ("clm", "full", "shared-prefix"))
 
 
