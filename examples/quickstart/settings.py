@@ -34,7 +34,7 @@ class Settings:
     """held-out windows, each of another document"""
     window_offset: int = 256
     """tokens of a held-out document before its window: past licence and imports"""
-    shifts: tuple[int, ...] = (1, 4, 16, 64, 256)
+    shifts: tuple[int, ...] = (1, 16, 256)
     """of the probed views, in positions; the last is the one in the headline"""
 
     @property
