@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from megatron_rpsd.positions import View
+from megatron_rpsd.positions import View, split_density_at
 
 
 def kl_gradient_norms(
@@ -77,5 +77,5 @@ def variance_ratio(
 ) -> float:
     """Variance of a micro-step's KL gradient over that of uniform splits always taken; splits at stratum middles."""
     x = (np.arange(len(squares)) + 0.5) / len(squares)
-    weights = 1 / ((1 - density + 2 * density * x) * probability)
+    weights = 1 / (split_density_at(x, density) * probability)
     return float((np.mean(np.array(squares) * weights) - mean_square) / (np.mean(squares) - mean_square))

@@ -14,7 +14,14 @@ from megatron_rpsd.positions.rope import (
     rope_tables,
     rotate,
 )
-from megatron_rpsd.positions.sampler import PERTURBATIONS, SPLIT_SAMPLINGS, Draw, StepShape, ViewSampler
+from megatron_rpsd.positions.sampler import (
+    PERTURBATIONS,
+    SPLIT_SAMPLINGS,
+    Draw,
+    StepShape,
+    ViewSampler,
+    split_density_at,
+)
 
 __all__ = [
     "PERTURBATIONS",
@@ -32,4 +39,5 @@ __all__ = [
     "rope_tables",
     "rotate",
     "skip_view",
+    "split_density_at",
 ]

@@ -26,6 +26,11 @@ _WORD = 2**64
 _SHIFT, _SPLIT, _ORDER, _APPLY = 0x52505344, 0x52505345, 0x52505346, 0x52505347
 
 
+def split_density_at(place, a: float):
+    """Density 1 - a + 2 a x of a split at x = s / L, `place`; a float or an array."""
+    return 1 - a + 2 * a * place
+
+
 @dataclass(frozen=True)
 class StepShape:
     """How the stream of samples falls into global steps, micro-steps and micro-batches (Megatron's sampler's order)."""
@@ -153,7 +158,7 @@ class ViewSampler:
         if a == 0:
             return uniform, 1.0
         place = (math.sqrt((1 - a) ** 2 + 4 * a * uniform) - (1 - a)) / (2 * a)
-        return place, 1 / (1 - a + 2 * a * place)
+        return place, 1 / split_density_at(place, a)
 
     def _generator(self, stream: int, index: int) -> np.random.Generator:
         """Philox is a function of (key, counter): the key is (seed, stream), the index the counter's highest word.

@@ -46,7 +46,7 @@ def test_an_absent_effect_is_named() -> None:
 
     assert verdict(STANDARD, RPSD) is None
     assert "only 0.0 percentage points" in verdict(STANDARD, STANDARD)
-    assert "only 1 of 3 held-out windows" in verdict(STANDARD, probed([1.9, 2.9, 3.9], [0.1, 0.19, 0.2]))
+    assert "within two standard errors" in verdict(STANDARD, probed([1.9, 2.9, 3.9], [0.1, 0.19, 0.2]))
     assert "CLM loss is 3.45 % higher" in verdict(STANDARD, probed([2.0, 3.0, 4.0], [0.08, 0.17, 0.26]))
     assert verdict(STANDARD, probed([1.91, 2.9, 3.92], [float("nan")] * 3)) is not None
 
