@@ -1,12 +1,27 @@
-"""The objective's arithmetic: a written-out definition, and the same over vocabulary shards."""
+"""The objective's arithmetic: written out, over vocabulary shards, and fused with the output layer."""
 
-from megatron_rpsd.loss.definitions import clm_per_token, objective, reverse_kl_per_token
+from megatron_rpsd.loss.definitions import (
+    clm_per_token,
+    divergence_per_token,
+    objective,
+    reverse_kl_per_token,
+)
+from megatron_rpsd.loss.divergences import DIRECTIONS, Divergence
+from megatron_rpsd.loss.fused_linear import LinearLoss, Teacher, fused_linear_loss
+from megatron_rpsd.loss.unfused import unfused_linear_loss
 from megatron_rpsd.loss.vocab_parallel import vocab_parallel_cross_entropy, vocab_parallel_reverse_kl
 
 __all__ = [
+    "DIRECTIONS",
+    "Divergence",
+    "LinearLoss",
+    "Teacher",
     "clm_per_token",
+    "divergence_per_token",
+    "fused_linear_loss",
     "objective",
     "reverse_kl_per_token",
+    "unfused_linear_loss",
     "vocab_parallel_cross_entropy",
     "vocab_parallel_reverse_kl",
 ]

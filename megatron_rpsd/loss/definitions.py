@@ -25,6 +25,36 @@ def reverse_kl_per_token(student_logits: Tensor, teacher_logits: Tensor) -> Tens
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
 
 
+def divergence_per_token(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    direction: str = "reverse-kl",
+    temperature: float = 1.0,
+    top_k: int | None = None,
+) -> Tensor:
+    """T^2 x divergence of softmax(z / T) from softmax(t / T), fp64 [...]; no gradient flows to the teacher.
+
+    reverse-kl: KL(p || q); forward-kl: KL(q || p); jsd: (KL(p || u) + KL(q || u)) / 2 with u = (p + q) / 2, where
+    KL(a || b) = sum_v a (log a - log b). With top_k, both distributions are first reduced to the teacher's K likeliest
+    tokens and one more outcome, all other tokens together.
+    """
+    p = torch.softmax(student_logits.double() / temperature, dim=-1)
+    q = torch.softmax(teacher_logits.detach().double() / temperature, dim=-1)
+    if top_k is not None and top_k < p.shape[-1]:
+        chosen = torch.zeros_like(q, dtype=torch.bool).scatter_(-1, q.topk(top_k, dim=-1).indices, True)
+        p, q = (
+            torch.cat([part[chosen].view(*part.shape[:-1], top_k), (part * ~chosen).sum(-1, keepdim=True)], dim=-1)
+            for part in (p, q)
+        )
+    u = (p + q) / 2
+    terms = {
+        "reverse-kl": lambda: p * (p / q).log(),
+        "forward-kl": lambda: q * (q / p).log(),
+        "jsd": lambda: (p * (p / u).log() + q * (q / u).log()) / 2,
+    }
+    return temperature**2 * terms[direction]().sum(dim=-1)
+
+
 def objective(
     standard_logits: Tensor,
     perturbed_logits: Tensor,
