@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -e -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test bench lint clean
+.PHONY: help venv demo lab test bench lint clean
 
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -15,22 +15,27 @@ help: ## list the targets
 venv: $(STAMP) ## make .venv with the project (editable) and its development extras
 
 # Byte-compiling every installed file would take minutes; Python compiles what is imported.
-$(STAMP): pyproject.toml setup.py
+$(STAMP): pyproject.toml setup.py tools/peers.txt
 	@python="$$(PYTHON='$(PYTHON)' sh tools/find_python.sh)"; \
 	echo "venv: $$python makes $(VENV), then pip installs the project (several GB, some minutes)"; \
 	"$$python" -m venv $(VENV); \
 	PYTHONUNBUFFERED=1 $(VENV_PYTHON) -m pip install --no-compile --progress-bar off --editable '.[dev]' \
-	    | grep --line-buffered -oE '^ *(Downloading|Installing collected packages|Successfully installed) ?[^ ,]*'; \
+	    | sed -nuE 's/^ *((Downloading|Installing collected packages|Successfully installed) ?[^ ,]*).*/\1/p'; \
+	$(VENV_PYTHON) -m pip install --no-compile --progress-bar off --no-deps --target $(VENV)/peers --upgrade \
+	    --requirement tools/peers.txt | sed -nu 's/^ *\(Downloading [^ ,]*\).*/\1/p'; \
 	touch $@
 
 demo: venv ## run the main job on a real model on this machine's CPU; writes runs/demo/report.html
 	$(VENV_PYTHON) -m examples.quickstart.run --output runs/demo
 
+lab: venv ## compare the arms on a synthetic retrieval language, 3 seeds; writes runs/lab/report.html
+	$(VENV_PYTHON) -m examples.lab.run --output runs/lab
+
 test: venv ## run the whole suite
 	$(VENV_PYTHON) -m pytest
 
-bench: venv ## measure what a view pair costs beside one view; writes runs/bench/results.json
-	$(VENV_PYTHON) tools/benchmark_views.py --seq-length 4096 --vocab-size 4096 --output runs/bench/results.json
+bench: venv ## every benchmark beside its peers; writes runs/bench/results.json
+	$(VENV_PYTHON) tools/run_benchmarks.py --output runs/bench
 
 lint: venv ## ruff: rules and format
 	$(VENV_PYTHON) -m ruff check .

@@ -5,12 +5,11 @@ python tools/benchmark_views.py --seq-length 4096 --vocab-size 4096 --output run
 """
 
 import argparse
-import json
 import sys
-from pathlib import Path
 
 from megatron_rpsd.planning import ModelShape
 from megatron_rpsd.planning.view_costs import CostSettings, measure_view_costs
+from megatron_rpsd.report.files import write_json
 from megatron_rpsd.training.errors import one_line_errors, quiet_parser
 from megatron_rpsd.training.main import choose_device
 
@@ -47,11 +46,7 @@ def main() -> None:
     for way in ("clm", "full", "shared-prefix"):
         ratio, bound = result["step_ratio"].get(way, 1.0), result["flop_bound"].get(way, 1.0)
         print(f"{way:14s} {ratio:11.3f} {bound:11.3f} {result['activation_bytes'][way] / 2**20:15.0f}")
-    output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    partial.write_text(json.dumps(result, indent=2) + "\n")
-    partial.rename(output)
+    write_json(args.output, result)
 
 
 if __name__ == "__main__":

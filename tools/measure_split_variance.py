@@ -5,14 +5,13 @@ python tools/measure_split_variance.py --hf models/smollm2 --windows held_out.np
 """
 
 import argparse
-import json
 import sys
-from pathlib import Path
 
 import numpy as np
 
 from megatron_rpsd.planning.split_variance import kl_gradient_norms, variance_ratio
 from megatron_rpsd.positions import ViewSampler
+from megatron_rpsd.report.files import write_json
 from megatron_rpsd.training.errors import one_line_errors, quiet_parser
 from megatron_rpsd.training.main import choose_device
 
@@ -42,9 +41,7 @@ def main() -> None:
         row["variance_ratio"] = variance_ratio(squares, mean, probability, density)
         rows.append(row)
         print("  ".join(f"{name} {value:.3f}" for name, value in row.items()))
-    output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"splits": splits, "squares": squares, "mean_square": mean, "rows": rows}, indent=1))
+    write_json(args.output, {"splits": splits, "squares": squares, "mean_square": mean, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -6,9 +6,7 @@ python tools/probe_views.py --hf models/smollm2 --tokens window.npy --kind skip 
 """
 
 import argparse
-import json
 import sys
-from pathlib import Path
 
 import numpy as np
 
@@ -16,6 +14,7 @@ from megatron_rpsd.checkpoint.hf_folder import HFFolder
 from megatron_rpsd.evaluation.launch import run_on_local_ranks
 from megatron_rpsd.evaluation.probe import ParallelLayout, check_layout, probe_on_this_rank
 from megatron_rpsd.evaluation.requests import check_heads, read_tokens, view_of
+from megatron_rpsd.report.files import write_json
 from megatron_rpsd.training.errors import one_line_errors, quiet_parser
 
 
@@ -52,12 +51,8 @@ def main() -> None:
         check_layout(length, view.split, layout, args.execution)
     windows = np.asarray(tokens)[None]
     result = run_on_local_ranks(probe_on_this_rank, layout.world_size, args.hf, windows, [view], layout, args.execution)
-    output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    partial.write_text(json.dumps(vars(result[0][0]), indent=2) + "\n")
-    partial.rename(output)
-    print(f"clm_loss {result[0][0].clm_loss:.6f}  kl_loss {result[0][0].kl_loss:.6f}  -> {output}")
+    write_json(args.output, vars(result[0][0]))
+    print(f"clm_loss {result[0][0].clm_loss:.6f}  kl_loss {result[0][0].kl_loss:.6f}  -> {args.output}")
 
 
 if __name__ == "__main__":

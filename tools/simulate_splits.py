@@ -6,7 +6,6 @@ python tools/simulate_splits.py --micro-steps 4 --output docs/split_sampling.jso
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import matplotlib
 from tqdm import tqdm
 
 from megatron_rpsd.planning.split_waiting import expected_step_time
+from megatron_rpsd.report.files import write_json
 from megatron_rpsd.training.errors import one_line_errors, quiet_parser
 
 matplotlib.use("Agg")
@@ -48,7 +48,7 @@ def main() -> None:
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8, loc="center right")
     figure.savefig(output.with_suffix(".png"), dpi=130)
-    output.write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(output, rows)
     for row in rows:
         print(f"M {row['micro_steps']}  DP {row['data_parallel_size']:4d}  "
               f"independent {row['independent']:.3f}  stratified {row['stratified']:.3f}")  # fmt: skip

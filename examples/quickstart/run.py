@@ -82,7 +82,7 @@ class Quickstart:
         settings, folder = self.settings, str(self.paths.checkpoint(arm))
         flags = {
             "--objective": arm,
-            "--rpsd-perturbation": "skip",
+            **({"--rpsd-perturbation": "skip"} if arm == "rpsd" else {}),
             "--rpsd-split-granule": settings.split_granule,
             "--pretrained-checkpoint": self.paths.imported,
             "--load": folder,

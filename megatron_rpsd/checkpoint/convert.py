@@ -134,10 +134,10 @@ def load_megatron(checkpoint: str | Path, reference: HFFolder, device: str = "cp
         *hf_session_arguments(reference, saved.params_dtype), "--device", device,
         "--rotary-base", str(saved.rotary_base), "--max-position-embeddings", str(saved.max_position_embeddings),
         "--seq-length", str(saved.max_position_embeddings),
+        # The run's own scaling or none: the reference's counts for nothing here, and the last one given counts.
+        "--rope-parameters", getattr(saved, "rope_parameters", None) or '{"rope_type": "default"}',
         "--load", str(checkpoint), "--ckpt-format", "torch_dist", "--exit-on-missing-checkpoint",
     ]  # fmt: skip
-    if getattr(saved, "rope_parameters", None):
-        arguments += ["--rope-parameters", saved.rope_parameters]
     args, config = start_session(arguments)
     stages = build_stages(config, args)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -167,9 +167,8 @@ def export_hf(
     loaded = load_megatron(checkpoint, reference, device)
     try:
         rope = loaded.config.rope
-        scaling = dict(rope.scaling) if rope.scaling else None
         config = exported_config(
-            reference.config, rope.base, scaling, loaded.args.max_position_embeddings, loaded.dtype
+            reference.config, rope.base, rope.exported_scaling(), loaded.args.max_position_embeddings, loaded.dtype
         )
         write_hf_folder(
             output, to_hf_tensors(full_tensors(loaded.stages, dims), dims), config, hf_reference, max_shard_bytes

@@ -28,4 +28,4 @@ def run_on_local_ranks(function: Callable, world_size: int, *arguments):
         return elastic_launch(config, function)(*arguments)[0]
     except ChildFailedError as failed:
         _, failure = failed.get_first_failure()
-        raise RuntimeError(f"rank {failure.global_rank} failed: {failure.message}") from failed
+        raise RuntimeError(f"rank {failure.local_rank} failed: {failure.message}") from failed

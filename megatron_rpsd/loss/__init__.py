@@ -1,5 +1,6 @@
 """The objective's arithmetic: written out, over vocabulary shards, and fused with the output layer."""
 
+from megatron_rpsd.loss.chunks import DEFAULT_CHUNK_BYTES
 from megatron_rpsd.loss.definitions import (
     clm_per_token,
     divergence_per_token,
@@ -12,6 +13,7 @@ from megatron_rpsd.loss.unfused import unfused_linear_loss
 from megatron_rpsd.loss.vocab_parallel import vocab_parallel_cross_entropy, vocab_parallel_reverse_kl
 
 __all__ = [
+    "DEFAULT_CHUNK_BYTES",
     "DIRECTIONS",
     "Divergence",
     "LinearLoss",

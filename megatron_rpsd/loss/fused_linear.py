@@ -1,6 +1,6 @@
 """CLM and divergences from hidden states and the output layer's weight, without logits that outlive a chunk of tokens.
 
-    total = sum_i clm_weights_i CE(standard_i, label_i)
+    total = sum_i clm_weights_i r_i CE(standard_i, label_i)        r_i = reweigh(CE_i, detached), 1 by default
           + sum_j view_weights_j D(perturbed_j || standard_(n-m+j), detached)
           + sum_i teacher_weights_i D(standard_i || teacher_i, detached)
 
@@ -24,13 +24,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_rpsd.loss.chunks import Chunk, Workspace, plan_chunks
+from megatron_rpsd.loss.chunks import DEFAULT_CHUNK_BYTES, Chunk, Workspace, plan_chunks
 from megatron_rpsd.loss.divergences import DensePair, Divergence
 from megatron_rpsd.loss.readings import Normaliser, Reading, gather_statistics
 from megatron_rpsd.loss.top_k import TopKPair
 from megatron_rpsd.parallel import VocabularyShard
-
-DEFAULT_CHUNK_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -85,8 +83,9 @@ def fused_linear_loss(
     view_weights: Tensor | None = None,
     divergence: Divergence = Divergence(),  # noqa: B008 - immutable
     teacher: Teacher | None = None,
+    reweigh: Callable[[Tensor, slice], Tensor] | None = None,
     logit_scale: float = 1.0,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES["cpu"],
 ) -> LinearLoss:
     """The weighed sum of losses, and every token's own.
 
@@ -102,6 +101,8 @@ def fused_linear_loss(
         view_weights: [m], importance and KL weights of the perturbed tokens.
         divergence: the perturbed view's from the standard view.
         teacher: an external teacher of the standard view.
+        reweigh: (CLM of standard tokens [c], which of the n they are) -> factors r [c] on their weights, a function of
+            each token alone; no gradient flows through it (LongCE, arXiv 2410.23771).
         logit_scale: multiplies the logits.
         chunk_bytes: memory for a chunk's logits and what is formed from them, at least one token's.
 
@@ -110,7 +111,7 @@ def fused_linear_loss(
     """
     assert weight.shape[0] == shard.vocab_stop - shard.vocab_start and chunk_bytes > 0
     arguments = _Pass(
-        labels, clm_weights, shard, split_readings, view_weights, divergence, teacher, logit_scale, chunk_bytes
+        labels, clm_weights, shard, split_readings, view_weights, divergence, teacher, reweigh, logit_scale, chunk_bytes
     )
     return LinearLoss(*_FusedLinearLoss.apply(hidden, weight, arguments))
 
@@ -126,6 +127,7 @@ class _Pass:
     view_weights: Tensor | None
     divergence: Divergence
     teacher: Teacher | None
+    reweigh: Callable[[Tensor, slice], Tensor] | None
     logit_scale: float
     chunk_bytes: int
 
@@ -197,12 +199,18 @@ class _ChunkedPass:
     def total(self) -> Tensor:
         """The weighed sum of everything."""
         arguments = self.arguments
-        total = (self.clm * arguments.clm_weights).sum()
+        total = (self.clm * self._clm_weights(slice(None))).sum()
         if len(self.view):
             total = total + (self.view * arguments.view_weights).sum()
         if arguments.teacher is not None:
             total = total + (self.teacher * arguments.teacher.weights).sum()
         return total
+
+    def _clm_weights(self, rows: slice) -> Tensor:
+        weights = self.arguments.clm_weights[rows].to(self.clm.dtype)
+        if self.arguments.reweigh is None:
+            return weights
+        return weights * self.arguments.reweigh(self.clm[rows], rows)
 
     def run(self) -> None:
         """Fill values and gradients, a chunk at a time."""
@@ -303,7 +311,7 @@ class _ChunkedPass:
             pairs["view"].gradient(arguments.view_weights[again].to(kind) * arguments.logit_scale)
         if arguments.teacher is not None:
             distilled = pairs["teacher"].gradient(arguments.teacher.weights[rows].to(kind) * arguments.logit_scale)
-        weights = arguments.clm_weights[rows].to(kind) * arguments.logit_scale
+        weights = self._clm_weights(rows) * arguments.logit_scale
         gradient = standard.exponentials[1.0].mul_((weights * scale).unsqueeze(-1))  # weights x p
         if arguments.shard.columns:
             local, column = owned

@@ -21,6 +21,7 @@ def unfused_linear_loss(
     *,
     split_readings: Callable[[Tensor], tuple[Tensor, Tensor]] = whole_readings,
     view_weights: Tensor | None = None,
+    reweigh: Callable[[Tensor, slice], Tensor] | None = None,
     logit_scale: float = 1.0,
 ) -> LinearLoss:
     """CLM and the view pair's reverse KL; arguments and results as `fused_linear_loss`, logits [n + m, v/tp] kept."""
@@ -30,6 +31,8 @@ def unfused_linear_loss(
         logits = logits * logit_scale
     seen, again = logits.split([len(standard), len(perturbed)])
     clm = vocab_parallel_cross_entropy(seen, labels, shard)
+    if reweigh is not None:
+        clm_weights = clm_weights * reweigh(clm.detach(), slice(None))
     total = (clm * clm_weights).sum()
     view = clm.new_empty(0)
     if len(perturbed):

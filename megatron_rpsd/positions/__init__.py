@@ -3,11 +3,15 @@
 from megatron_rpsd.positions.perturbations import (
     View,
     batch_position_ids,
+    chunk_permutation_view,
     cyclic_definition,
     cyclic_view,
+    nope_view,
+    pose_view,
     skip_view,
 )
 from megatron_rpsd.positions.rope import (
+    EXACT_FP32_INTEGERS,
     RopeConfig,
     check_positions,
     inverse_frequencies,
@@ -16,7 +20,9 @@ from megatron_rpsd.positions.rope import (
 )
 from megatron_rpsd.positions.sampler import (
     PERTURBATIONS,
+    POSE_CHUNKS,
     SPLIT_SAMPLINGS,
+    SPLIT_VIEWS,
     Draw,
     StepShape,
     ViewSampler,
@@ -24,8 +30,11 @@ from megatron_rpsd.positions.sampler import (
 )
 
 __all__ = [
+    "EXACT_FP32_INTEGERS",
     "PERTURBATIONS",
+    "POSE_CHUNKS",
     "SPLIT_SAMPLINGS",
+    "SPLIT_VIEWS",
     "Draw",
     "RopeConfig",
     "StepShape",
@@ -33,9 +42,12 @@ __all__ = [
     "ViewSampler",
     "batch_position_ids",
     "check_positions",
+    "chunk_permutation_view",
     "cyclic_definition",
     "cyclic_view",
     "inverse_frequencies",
+    "nope_view",
+    "pose_view",
     "rope_tables",
     "rotate",
     "skip_view",

@@ -68,6 +68,19 @@ class RopeConfig:
         """default, linear, llama3 or yarn; the older key ``type`` counts where ``rope_type`` is absent."""
         return "default" if self.scaling is None else self.scaling.get("rope_type", self.scaling.get("type"))
 
+    def exported_scaling(self) -> dict[str, Any] | None:
+        """The scaling as a config.json should carry it: None for plain RoPE, else with ``rope_type`` and all it needs.
+
+        What follows from other fields is left out (the base) or written out (yarn's factor), so that the result keeps
+        its meaning beside another ``max_position_embeddings``.
+        """
+        if self.rope_type == "default":
+            return None
+        scaling = {key: value for key, value in self.scaling.items() if key not in _COMMON_KEYS}
+        if self.rope_type == "yarn" and scaling["factor"] is None:
+            scaling["factor"] = self.max_position_embeddings / scaling["original_max_position_embeddings"]
+        return {"rope_type": self.rope_type, **scaling}
+
     def _check_keys(self, scaling: Mapping[str, Any]) -> None:
         if self.rope_type not in _SCALING_KEYS:
             known = ", ".join(_SCALING_KEYS)

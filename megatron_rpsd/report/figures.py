@@ -21,6 +21,10 @@ _STYLES = (
     {"color": "#0072B2", "marker": "D", "linestyle": "-"},
     {"color": "#009E73", "marker": "^", "linestyle": "-."},
     {"color": "#CC79A7", "marker": "v", "linestyle": (0, (5, 1, 1, 1, 1, 1))},
+    {"color": "#E69F00", "marker": "P", "linestyle": (0, (1, 1))},
+    {"color": "#56B4E9", "marker": "X", "linestyle": (0, (7, 2))},
+    {"color": "#000000", "marker": "<", "linestyle": (0, (3, 1, 1, 1))},
+    {"color": "#8C5A2B", "marker": ">", "linestyle": (0, (2, 2))},
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import traceback
@@ -14,56 +15,43 @@ from megatron.training.utils.common_utils import get_blend_and_blend_per_split
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_rpsd.data.manifest import check_prefix
-from megatron_rpsd.positions import PERTURBATIONS, SPLIT_SAMPLINGS, check_positions
+from megatron_rpsd.loss import DEFAULT_CHUNK_BYTES, DIRECTIONS
+from megatron_rpsd.positions import RopeConfig, check_positions
 from megatron_rpsd.runtime.cpu import cpu_runtime_installed, set_cpu_arguments
+from megatron_rpsd.training.arms import add_arm_arguments, check_arm, settle_arm, suffix_unit
 from megatron_rpsd.training.errors import quiet_parser
-from megatron_rpsd.training.forward_step import EXECUTIONS
-
-OBJECTIVES = ("standard", "pose", "rpsd")
+from megatron_rpsd.training.objective import LOSS_IMPLEMENTATIONS
 
 
 def add_rpsd_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the method's flags to Megatron's parser (its `extra_args_provider`)."""
     group = parser.add_argument_group(title="rpsd")
+    add_arm_arguments(group)
     group.add_argument(
-        "--objective", choices=OBJECTIVES, default="rpsd",
-        help="standard: CLM; pose: CLM on the perturbed view alone; rpsd: CLM plus the views' reverse KL.",
+        "--rpsd-kl-direction", choices=DIRECTIONS, default=None,
+        help="Divergence of the perturbed view p from the standard view q: KL(p || q) (the paper, default), "
+        "KL(q || p), or JSD.",
     )  # fmt: skip
     group.add_argument(
-        "--rpsd-perturbation", choices=PERTURBATIONS, default="skip", help="How the perturbed view's positions differ."
-    )
-    group.add_argument(
-        "--rpsd-max-shift", type=int, default=None, help="Y, largest shift of the skip view. Default: --seq-length."
-    )
-    group.add_argument("--rpsd-kl-weight", type=float, default=1.0, help="Weight of the KL beside the CLM loss.")
-    group.add_argument("--rpsd-seed", type=int, default=None, help="Seed of splits and shifts. Default: --seed.")
-    group.add_argument(
-        "--rpsd-execution", choices=EXECUTIONS, default="shared-prefix",
-        help="shared-prefix: run the perturbed view from its split on; full: a whole second view. The same gradient.",
+        "--rpsd-kl-temperature", type=float, default=None,
+        help="T: both views' logits / T, the divergence x T^2. Default: 1.",
     )  # fmt: skip
     group.add_argument(
-        "--rpsd-split-sampling", choices=SPLIT_SAMPLINGS, default="stratified",
-        help="stratified: one split for all data-parallel ranks of a micro-step, spread over the micro-steps of a "
-        "step; independent: every micro-batch draws its own.",
+        "--rpsd-kl-top-k", type=int, default=None,
+        help="Compare the standard view's K likeliest tokens and all others as one. Default: the whole vocabulary.",
     )  # fmt: skip
     group.add_argument(
-        "--rpsd-split-granule", type=int, default=None,
-        help="Splits are rounded down to multiples of this many tokens. Default: 2 x CP x TP x 16, at most about "
-        "L / 8.",
+        "--loss-implementation", choices=LOSS_IMPLEMENTATIONS, default="fused",
+        help="fused: output layer and loss together, a chunk of tokens at a time; unfused: from whole logits.",
     )  # fmt: skip
     group.add_argument(
-        "--rpsd-apply-probability", type=float, default=1.0,
-        help="p: take the second view on a share p of the micro-steps, its KL weighing 1 / p. Unbiased, cheaper, "
-        "noisier.",
-    )  # fmt: skip
-    group.add_argument(
-        "--rpsd-split-density", type=float, default=0.0,
-        help="a in [0, 1): draw splits with density 1 - a + 2 a s/L (short suffixes more often), the KL weighing its "
-        "inverse. Unbiased, cheaper, noisier.",
+        "--loss-chunk-bytes", type=int, default=None,
+        help="Memory of a rank for a chunk's logits (fused). Default: 64 MiB on CPU, 1 GiB on GPU.",
     )  # fmt: skip
     group.add_argument(
         "--rope-parameters", type=str, default=None,
-        help='RoPE scaling as JSON in Hugging Face\'s schema, e.g. \'{"rope_type": "linear", "factor": 4.0}\'.',
+        help='RoPE scaling as JSON in Hugging Face\'s schema, e.g. \'{"rope_type": "linear", "factor": 4.0}\'; '
+        'replaces the checkpoint\'s, which is kept by default. \'{"rope_type": "default"}\' drops it.',
     )  # fmt: skip
     group.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the CPU runtime over gloo.")
     group.add_argument(
@@ -129,21 +117,16 @@ def _complete(args: argparse.Namespace) -> None:
     args.create_attention_mask_in_dataloader = False
     if args.eval_interval is None:  # Megatron 0.19 has no default, and divides by it: evaluate at the end
         args.eval_interval = args.train_iters or 1000
+    if args.loss_chunk_bytes is None:
+        args.loss_chunk_bytes = DEFAULT_CHUNK_BYTES[args.device]
     if args.rpsd_seed is None:
         args.rpsd_seed = args.seed
-    if args.rpsd_max_shift is None:
-        args.rpsd_max_shift = args.seq_length
+    settle_arm(args)
     if args.rpsd_split_granule is None and args.seq_length:
         args.rpsd_split_granule = default_granule(args)
     if args.seq_length and args.max_position_embeddings and args.max_position_embeddings < args.seq_length:
         # The window grows: the adapted model's configuration must say so.
         args.max_position_embeddings = args.seq_length
-
-
-def _granule_unit(args: argparse.Namespace) -> int:
-    """Tokens by which a suffix must divide: 2 x CP zigzag chunks, each shared out under sequence parallelism."""
-    cp, tp = args.context_parallel_size, args.tensor_model_parallel_size
-    return (2 * cp if cp > 1 else 1) * (tp if args.sequence_parallel else 1)
 
 
 def default_granule(args: argparse.Namespace) -> int:
@@ -166,7 +149,9 @@ def check_arguments(args: argparse.Namespace) -> None:
             )
     _check_parallel_degrees(args)
     _check_objective(args)
+    _check_loss(args)
     _check_model(args)
+    _check_rope(args)
     _check_data(args)
     decay = args.lr_decay_iters or args.train_iters
     if decay and args.lr_warmup_iters >= decay:
@@ -208,16 +193,37 @@ def _check_objective(args: argparse.Namespace) -> None:
     if args.rpsd_max_shift < 1:
         raise ValueError(f"--rpsd-max-shift {args.rpsd_max_shift}: shifts are drawn from 1..Y, so Y must be at least 1")
     check_positions(args.seq_length, args.rpsd_max_shift)
-    unit = _granule_unit(args)
+    unit = suffix_unit(args)
     if args.rpsd_split_granule < 1 or args.rpsd_split_granule % unit:
         raise ValueError(
             f"--rpsd-split-granule {args.rpsd_split_granule}: a suffix must divide by 2 x CP (x TP under sequence "
             f"parallelism) = {unit}, so the granule must be a multiple of {unit}"
         )
+    check_arm(args)
     if args.rpsd_split_sampling == "stratified" and (args.rampup_batch_size or args.step_batch_size_schedule):
         raise ValueError(
             "--rpsd-split-sampling stratified spreads splits over a global batch of one size; with --rampup-batch-size "
             "or --step-batch-size-schedule use independent"
+        )
+
+
+def _check_loss(args: argparse.Namespace) -> None:
+    if not math.isfinite(args.rpsd_kl_temperature) or args.rpsd_kl_temperature <= 0:
+        raise ValueError(f"--rpsd-kl-temperature {args.rpsd_kl_temperature} must be a positive number")
+    if args.rpsd_kl_top_k is not None and args.rpsd_kl_top_k < 1:
+        raise ValueError(f"--rpsd-kl-top-k {args.rpsd_kl_top_k} must be at least 1")
+    if args.loss_chunk_bytes < 1:
+        raise ValueError(f"--loss-chunk-bytes {args.loss_chunk_bytes} must be at least 1; one token is always taken")
+    if args.loss_implementation == "fused":
+        if args.fp16:
+            raise ValueError(
+                "--fp16: the fused loss forms gradients before the loss scale is known, and fp16 would round them to "
+                "0; use --bf16, or --loss-implementation unfused"
+            )
+    elif (args.rpsd_kl_direction, args.rpsd_kl_temperature, args.rpsd_kl_top_k) != ("reverse-kl", 1.0, None):
+        raise ValueError(
+            "--loss-implementation unfused knows the reverse KL at temperature 1 over the whole vocabulary; leave out "
+            "--rpsd-kl-direction, --rpsd-kl-temperature and --rpsd-kl-top-k, or use fused"
         )
 
 
@@ -239,6 +245,19 @@ def _check_model(args: argparse.Namespace) -> None:
         raise ValueError("mixture of experts, multi-latent attention and multi-token prediction are not supported")
     if args.kv_channels is not None and args.kv_channels % 2:
         raise ValueError(f"--kv-channels {args.kv_channels}: RoPE rotates pairs, so the head dimension must be even")
+
+
+def _check_rope(args: argparse.Namespace) -> None:
+    if args.rope_parameters is None:
+        return
+    try:
+        scaling = json.loads(args.rope_parameters)
+        if not isinstance(scaling, dict):
+            raise ValueError("it must be a JSON object")
+        head_dim = args.kv_channels or args.hidden_size // args.num_attention_heads
+        RopeConfig(head_dim, float(args.rotary_base), scaling, args.max_position_embeddings)
+    except ValueError as refused:
+        raise ValueError(f"--rope-parameters {args.rope_parameters}: {refused}") from refused
 
 
 def _check_data(args: argparse.Namespace) -> None:

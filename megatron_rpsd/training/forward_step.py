@@ -11,9 +11,9 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_rpsd.model import RPSDModelConfig, ViewSequence
-from megatron_rpsd.parallel import ViewLayout
+from megatron_rpsd.parallel import ViewLayout, all_gather_tokens
 from megatron_rpsd.positions import Draw, View, ViewSampler, rope_tables
-from megatron_rpsd.training.batch import ViewBatch, make_view_batch
+from megatron_rpsd.training.batch import TWO_VIEWS, ViewBatch, make_view_batch
 from megatron_rpsd.training.objective import Objective
 
 EXECUTIONS = ("shared-prefix", "full")
@@ -45,8 +45,11 @@ class ForwardStep:
         return self.run(model, sample, [draw.view for draw in draws], layout, [draw.kl_weight for draw in draws])
 
     def suffix_start(self, draws: Sequence[Draw]) -> int | None:
-        """Where a micro-batch's perturbed view starts: its split if the prefix is shared, else 0; None: no view."""
-        if self.objective.name != "rpsd" or not any(draw.kl_weight for draw in draws):
+        """Where a micro-batch's perturbed view starts: its split if the prefix is shared, else 0; None: no view.
+
+        Views of the whole sequence (NoPE, permuted chunks) have split 0.
+        """
+        if self.objective.name not in TWO_VIEWS or not any(draw.kl_weight for draw in draws):
             return None
         if self.execution == "full":
             return 0
@@ -71,19 +74,42 @@ class ForwardStep:
         kl_weights: Sequence[float] | None = None,
     ):
         """The same for given views, layout and importance weights."""
-        batch = make_view_batch(sample, views, self.objective.name, layout, kl_weights)
+        short_loss = self.short_losses(model, sample) if self.objective.longce and model.training else None
+        batch = make_view_batch(sample, views, self.objective.name, layout, kl_weights, short_loss)
         batch = batch.to(torch.cuda.current_device())
-        output = model(
+        output = self._forward(model, batch, self.objective.output_processor)
+        return output, functools.partial(self.objective.loss, batch, model.training)
+
+    def _forward(self, model, batch: ViewBatch, output_processor) -> Tensor:
+        return model(
             batch.tokens,
             None,
             None,
             packed_seq_params=self.sequence(batch),
             output_processor=functools.partial(
-                self.objective.output_processor, pg_collection=get_attr_wrapped_model(model, "pg_collection")
+                output_processor, pg_collection=get_attr_wrapped_model(model, "pg_collection")
             ),
             output_processor_context=batch,
         )
-        return output, functools.partial(self.objective.loss, batch, model.training)
+
+    @torch.no_grad()
+    def short_losses(self, model, sample: Mapping[str, Tensor]) -> Tensor:
+        """Loss of every token with LongCE's short context, fp32 [b, L], the same on all ranks of a replica; nan where
+        the whole context is no longer than that. As many windows go through the model at once as make up L tokens.
+        """
+        tokens, labels = (self.objective.longce.windows(sample[name]) for name in ("tokens", "labels"))
+        width = tokens.shape[1]
+        cp_group = parallel_state.get_context_parallel_group()
+        layout = ViewLayout(width, None, cp_group.size(), cp_group.rank())
+        order, losses = layout.gather_order(), []
+        for rows in torch.arange(len(tokens)).split(max(1, self.length // width)):
+            window = {"tokens": tokens[rows], "labels": labels[rows], "loss_mask": torch.ones(len(rows), width)}
+            batch = make_view_batch(window, [View.identity()] * len(rows), "standard", layout)
+            batch = batch.to(torch.cuda.current_device())
+            local = self._forward(model, batch, self.objective.token_losses)  # [width/cp, rows]
+            whole = all_gather_tokens(local, cp_group)
+            losses.append((whole if order is None else whole[order.to(whole.device)]).T)
+        return self.objective.longce.scored(torch.cat(losses), self.length)
 
     def sequence(self, batch: ViewBatch) -> ViewSequence:
         """What the layers need: layout and rotary tables, made on every stage from the same positions."""

@@ -6,10 +6,13 @@ Each rank returns sums over its own tokens; Megatron's per-token loss adds them 
 and micro-batches and divides once by the number of kept tokens. The KL's own mean over the M kept suffix tokens of a
 sequence is therefore written as the factor weight x N / M on its sum, with N and M counted over the whole sequence: a
 rank's local counts (Megatron-LM issue 7452, finding 9) never enter. `loss.definitions.objective` is the definition.
+
+Logits are never whole: the loss takes hidden states and the output layer's weight (`loss.fused_linear`).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,9 +24,27 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from megatron_rpsd.loss import vocab_parallel_cross_entropy, vocab_parallel_reverse_kl
-from megatron_rpsd.parallel import VocabularyShard, exchange_suffix
-from megatron_rpsd.training.batch import ViewBatch
+from megatron_rpsd.loss import DEFAULT_CHUNK_BYTES, Divergence, fused_linear_loss, unfused_linear_loss
+from megatron_rpsd.parallel import ViewLayout, VocabularyShard, exchange_suffix
+from megatron_rpsd.training.batch import TWO_VIEWS, ViewBatch
+from megatron_rpsd.training.longce import LongCE
+
+LOSS_IMPLEMENTATIONS = ("fused", "unfused")
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """How the loss is computed.
+
+    Attributes:
+        implementation: fused with the output layer, a chunk of tokens at a time, or unfused from whole logits.
+        chunk_bytes: memory for a chunk's logits (fused).
+        divergence: the perturbed view's from the standard view; unfused knows the reverse KL at temperature 1.
+    """
+
+    implementation: str = "fused"
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES["cpu"]
+    divergence: Divergence = Divergence()
 
 
 @dataclass(frozen=True)
@@ -31,45 +52,73 @@ class Objective:
     """What a run optimises.
 
     Attributes:
-        name: standard, pose or rpsd.
-        kl_weight: weight of the KL (rpsd).
+        name: standard, pose, rpsd or hard-label.
+        kl_weight: weight of the KL (rpsd), or of the second view's CLM (hard-label).
         vocab_size: real vocabulary; columns beyond it are padding.
+        options: how it is computed.
+        longce: weighs the CLM's tokens, where the batch knows their short losses.
     """
 
     name: str
     kl_weight: float
     vocab_size: int
+    options: LossOptions = LossOptions()
+    longce: LongCE | None = None
 
     def sums(
         self,
         hidden_states: Tensor,
         output_weight: Tensor,
         batch: ViewBatch,
+        readings: Callable[[Tensor], tuple[Tensor, Tensor]],
         tp_group: dist.ProcessGroup,
-        cp_group: dist.ProcessGroup,
-        scale_logits: Callable[[Tensor], Tensor],
+        logit_scale: float,
     ) -> Tensor:
-        """Local sums of a micro-batch, fp32 [3]: CLM, weighed KL, and plain KL (for the log).
+        """Local sums of a micro-batch, fp32 [4]: the objective (differentiable), and for the log CLM, the second
+        view's plain loss, and LongCE's weights.
 
         Args:
-            hidden_states: [(2L-t)/cp, b, h], this rank's tokens, whole along tensor parallelism.
+            hidden_states: this rank's hidden states as the last layer leaves them.
             output_weight: [v/tp, h].
+            readings: hidden states -> standard [L/cp x b, h] and perturbed [m x b, h]; see `fused_linear_loss`.
         """
-        layout = batch.layout
-        standard, suffix = hidden_states.split([layout.local_standard, layout.local_suffix])
-        if layout.local_suffix:
-            suffix = exchange_suffix(suffix, layout, cp_group)  # hidden states: far fewer bytes than logits
-        logits = scale_logits(torch.nn.functional.linear(torch.cat([standard, suffix]), output_weight))
         shard = VocabularyShard.of_rank(self.vocab_size, output_weight.shape[0], tp_group)
-        standard, suffix = logits.split([len(standard), len(suffix)])  # [L/cp, b, v/tp], [m, b, v/tp]
-        clm = (vocab_parallel_cross_entropy(standard, batch.labels.T, shard) * batch.loss_mask.T).sum()
-        if layout.suffix_start is None:
-            return torch.stack([clm, torch.zeros_like(clm), torch.zeros_like(clm)])
-        repeated = (layout.standard_tokens() >= layout.suffix_start).to(logits.device)  # tokens with a second reading
-        kl_per_token = vocab_parallel_reverse_kl(suffix, standard.detach()[repeated], shard)
-        kl_per_sample = (kl_per_token * batch.suffix_mask.T[repeated]).sum(dim=0)
+        labels, mask = batch.labels.T.flatten(), batch.loss_mask.T.flatten()
+        repeated = batch.repeated()
+        view_mask = batch.suffix_mask.T[repeated]  # [m, b]
         factor = self.kl_weight * batch.kl_weights * batch.kept / batch.kept_suffix.clamp(min=1)
-        return torch.stack([clm, (factor * kl_per_sample).sum(), kl_per_sample.sum().detach()])
+        view_weights = (factor * view_mask).flatten()
+        reweigh = None if batch.short_loss is None else functools.partial(self._longce_weights, batch)
+        if self.name == "hard-label":  # a second CLM: the perturbed tokens queue up behind the standard ones
+            again = batch.labels.T[repeated].flatten()
+
+            def one_queue(hidden: Tensor) -> tuple[Tensor, Tensor]:
+                queue = torch.cat(readings(hidden))
+                return queue, queue[:0]
+
+            loss = self._compute()(
+                hidden_states, output_weight, torch.cat([labels, again]), torch.cat([mask, view_weights]), shard,
+                split_readings=one_queue, logit_scale=logit_scale,
+            )  # fmt: skip
+            clm, view = loss.clm.split([len(labels), len(again)])
+        else:
+            loss = self._compute()(
+                hidden_states, output_weight, labels, mask, shard,
+                split_readings=readings, view_weights=view_weights, reweigh=reweigh, logit_scale=logit_scale,
+            )  # fmt: skip
+            clm, view = loss.clm, loss.view
+        weights = mask if reweigh is None else mask * reweigh(clm, slice(None))
+        return torch.stack([loss.total, (clm * mask).sum(), (view * view_mask.flatten()).sum(), weights.sum()])
+
+    def _longce_weights(self, batch: ViewBatch, clm: Tensor, rows: slice) -> Tensor:
+        return self.longce.weights(batch.short_loss.T.flatten()[rows], clm)
+
+    def _compute(self) -> Callable:
+        if self.options.implementation == "unfused":
+            return unfused_linear_loss
+        return functools.partial(
+            fused_linear_loss, divergence=self.options.divergence, chunk_bytes=self.options.chunk_bytes
+        )
 
     def output_processor(
         self,
@@ -83,27 +132,82 @@ class Objective:
         pg_collection,
         **_,
     ) -> Tensor:
-        """GPTModel's `output_processor` hook on the last pipeline stage: hidden states in, the three sums out."""
-        tp_group = pg_collection.tp
-        if config.sequence_parallel:
-            hidden_states = gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=True, group=tp_group
-            )
-        else:
-            hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=tp_group)
+        """GPTModel's `output_processor` hook on the last pipeline stage: hidden states in, `sums` out."""
+        readings = _readings_of(context, config, pg_collection)
         weight = output_layer.weight if output_weight is None else output_weight
-        return self.sums(hidden_states, weight, context, tp_group, pg_collection.cp, scale_logits)
+        logit_scale = float(scale_logits(torch.ones(())))
+        return self.sums(hidden_states, weight, context, readings, pg_collection.tp, logit_scale)
+
+    def token_losses(
+        self,
+        *,
+        hidden_states,
+        output_layer,
+        output_weight,
+        context: ViewBatch,
+        scale_logits,
+        config,
+        pg_collection,
+        **_,
+    ) -> Tensor:
+        """The same hook for a single view's losses, token by token, [L/cp, b] in fp32."""
+        weight = output_layer.weight if output_weight is None else output_weight
+        shard = VocabularyShard.of_rank(self.vocab_size, weight.shape[0], pg_collection.tp)
+        loss = self._compute()(
+            hidden_states, weight, context.labels.T.flatten(), context.loss_mask.T.flatten(), shard,
+            split_readings=_readings_of(context, config, pg_collection),
+            logit_scale=float(scale_logits(torch.ones(()))),
+        )  # fmt: skip
+        return loss.clm.view(-1, len(context.labels))
 
     def loss(self, batch: ViewBatch, training: bool, sums: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Megatron's loss function: local sum, local count of kept tokens, and what is logged as [sum, count] pairs."""
         tokens = batch.loss_mask.sum()
-        logged = {"lm loss": torch.stack([sums[0].detach(), tokens])}
-        if self.name == "rpsd":
+        logged = {"lm loss": torch.stack([sums[1].detach(), tokens])}
+        if batch.short_loss is not None:
+            logged["longce weight"] = torch.stack([sums[3].detach(), tokens])
+        if self.name in TWO_VIEWS:
             suffix_tokens = batch.suffix_mask.sum() * (batch.layout.suffix_start is not None)
             # A positive count keeps a step without any kept suffix token at 0 rather than 0 / 0.
-            logged["view kl"] = torch.stack([sums[2].detach(), suffix_tokens.clamp(min=1e-20)])
+            logged["view kl" if self.name == "rpsd" else "view lm loss"] = torch.stack(
+                [sums[2].detach(), suffix_tokens.clamp(min=1e-20)]
+            )
         if self.name != "standard" and training:  # Megatron's evaluation would print their perplexity
             samples = torch.tensor(float(len(batch.splits)), device=sums.device)
             logged["mean split"] = torch.stack([batch.splits.sum().float(), samples])
             logged["mean shift"] = torch.stack([batch.shifts.abs().sum().float(), samples])
-        return sums[0] + sums[1], tokens.to(torch.int), logged
+        return sums[0].clone(), tokens.to(torch.int), logged  # the pipeline schedule refuses a view of `sums`
+
+
+def _readings_of(batch: ViewBatch, config, pg_collection) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    return functools.partial(
+        _readings,
+        layout=batch.layout,
+        tp_group=pg_collection.tp,
+        cp_group=pg_collection.cp,
+        sequence_parallel=config.sequence_parallel,
+    )
+
+
+def _readings(
+    hidden_states: Tensor,
+    layout: ViewLayout,
+    tp_group: dist.ProcessGroup,
+    cp_group: dist.ProcessGroup,
+    sequence_parallel: bool,
+) -> tuple[Tensor, Tensor]:
+    """Hidden states of the last layer -> both readings of this rank's standard tokens, [L/cp x b, h] and [m x b, h].
+
+    Args:
+        hidden_states: [(2L-t)/cp, b, h], or its tensor-parallel share of tokens under sequence parallelism.
+    """
+    if sequence_parallel:
+        hidden_states = gather_from_sequence_parallel_region(
+            hidden_states, tensor_parallel_output_grad=True, group=tp_group
+        )
+    else:
+        hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=tp_group)
+    standard, suffix = hidden_states.split([layout.local_standard, layout.local_suffix])
+    if layout.local_suffix:
+        suffix = exchange_suffix(suffix, layout, cp_group)  # hidden states: far fewer bytes than logits
+    return standard.flatten(0, 1), suffix.flatten(0, 1)

@@ -15,6 +15,7 @@ from megatron_rpsd.checkpoint.families import hf_tensors
 from megatron_rpsd.checkpoint.hf_folder import HFFolder
 from megatron_rpsd.checkpoint.model_loading import load_hf_weights, named_parameters, table_by_name
 from megatron_rpsd.positions import View
+from megatron_rpsd.training.batch import TWO_VIEWS
 from megatron_rpsd.training.run import forward_step_from_args
 from megatron_rpsd.training.session import all_ranks, build_stages, end_session, start_session
 
@@ -58,7 +59,7 @@ def _forward_backward(stages, forward_step, sample, views, micro_batch, suffix_s
 
     def forward(iterator, model):
         rows, drawn = next(iterator)
-        start = suffix_start if forward_step.objective.name == "rpsd" else None
+        start = suffix_start if forward_step.objective.name in TWO_VIEWS else None
         return forward_step.run(model, rows, drawn, forward_step.layout(start))
 
     iterators = [batches() for _ in stages]

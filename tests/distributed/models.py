@@ -82,8 +82,15 @@ def reference(
 
     splits = torch.tensor([view.split for view in views])
     first = logits(perturbed_ids if name == "pose" else standard_ids)
-    second = logits(perturbed_ids) if name == "rpsd" else first
-    total, clm, kl = objective(first, second, sample["labels"], sample["loss_mask"], splits, kl_weight)
+    second = logits(perturbed_ids) if name in ("rpsd", "hard-label") else first
+    labels, mask = sample["labels"], sample["loss_mask"]
+    total, clm, kl = objective(first, second, labels, mask, splits, 0.0 if name == "hard-label" else kl_weight)
+    if name == "hard-label":  # as the KL: each sequence's mean over its kept suffix tokens, sequences weighed by N
+        again = torch.nn.functional.cross_entropy(second.transpose(1, 2), labels, reduction="none")
+        for row, split in enumerate(splits):
+            kept = mask[row, split:].sum().clamp(min=1)
+            suffix = (again[row, split:] * mask[row, split:]).sum() / kept
+            total = total + kl_weight * suffix * mask[row].sum() / mask.sum()
     total.backward()
     gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
     return {"total": total.item(), "clm": clm.item(), "kl": kl.item()}, gradients

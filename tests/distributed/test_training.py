@@ -98,9 +98,10 @@ def test_bf16_follows_fp32(ranks, checkpoint, prefix, one_process_run, tmp_path)
     assert run["lm loss"] == pytest.approx(one_process_run["lm loss"], rel=2e-2)
 
 
-@pytest.mark.parametrize("objective", ["standard", "pose", "rpsd"])
+@pytest.mark.parametrize("objective", ["standard", "pose", "rpsd", "hard-label"])
 def test_every_objective_logs_what_it_optimises(objective, ranks, checkpoint, prefix):
-    arguments = [*run_arguments(checkpoint, prefix, 2), "--objective", objective, "--rpsd-perturbation", "cyclic"]
+    perturbation = [] if objective == "standard" else ["--rpsd-perturbation", "cyclic"]
+    arguments = [*run_arguments(checkpoint, prefix, 2), "--objective", objective, *perturbation]
     output = ranks.run(1, training_job.train, arguments)[0]
     line = next(line for line in output.splitlines() if re.search(r"iteration +2/ +2", line))
     logged = {part.split(":")[0].strip() for part in line.split("|")}
@@ -143,6 +144,18 @@ REFUSED = {
     "dropout": (["--attention-dropout", "0.1", "--hidden-dropout", "0.1"], 1, ["dropout"]),
     "warmup": (["--lr-warmup-iters", "2"], 1, ["--lr-warmup-iters 2", "2 steps"]),
     "granule": (["--rpsd-split-granule", "6", *CP2], 2, ["--rpsd-split-granule 6", "multiple of 4"]),
+    "other_arm": (["--objective", "pose", "--rpsd-kl-weight", "1"], 2, ["--rpsd-kl-weight 1.0", "--objective pose"]),
+    "no_split": (
+        ["--rpsd-perturbation", "nope", "--rpsd-split-range", "0", "1"],
+        1,
+        ["--rpsd-split-range 0 1", "nope"],
+    ),
+    "no_split_fits": (
+        ["--rpsd-split-range", "0.3", "0.45", "--rpsd-split-granule", "16"],
+        1,
+        ["--rpsd-split-range 0.3 0.45", "9.6 <= s < 14.4", "--rpsd-split-granule 16"],
+    ),
+    "rope": (["--rope-parameters", '{"rope_type": "yarn", "factor": 4}'], 1, ["--rope-parameters {", "original_max"]),
     "unknown_flag": (["--rpsd-shift", "4"], 1, ["--rpsd-shift"]),
 }
 

@@ -182,3 +182,29 @@ def test_no_allocation_exceeds_the_budget_whatever_tokens_and_vocabulary(tokens,
 def test_a_divergence_that_is_none_is_refused(wrong):
     with pytest.raises(ValueError):
         Divergence(*wrong)
+
+
+@pytest.mark.parametrize("chunk_bytes", [ONE_TOKEN, ALL])
+def test_weights_that_follow_from_the_loss_take_no_gradient(chunk_bytes):
+    case = Case(perturbed=0)
+    given = case.tensors(torch.float64)
+    reference = torch.linspace(9, 20, case.standard, dtype=torch.float64)
+
+    def reweigh(clm, rows):
+        return (reference[rows] - clm).exp().clamp(max=5.0)
+
+    hidden, weight = given["hidden"].requires_grad_(), given["weight"].requires_grad_()
+    loss = fused_linear_loss(
+        hidden, weight, given["labels"], given["clm_weights"], VocabularyShard.of_rank(101, 128, None),
+        reweigh=reweigh, chunk_bytes=chunk_bytes,
+    )  # fmt: skip
+    loss.total.backward()
+    again, other = (value.detach().clone().requires_grad_() for value in (hidden, weight))
+    clm = torch.nn.functional.cross_entropy((again @ other.T)[:, :101], given["labels"], reduction="none")
+    factors = torch.minimum((reference - clm.detach()).exp(), torch.tensor(5.0))
+    assert (factors == 5).any() and (factors < 1).any()
+    expected = (clm * factors * given["clm_weights"]).sum()
+    expected.backward()
+    torch.testing.assert_close(loss.total, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(hidden.grad, again.grad, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(weight.grad, other.grad, rtol=1e-11, atol=1e-13)

@@ -246,6 +246,25 @@ def test_a_configuration_is_its_own_copy_and_travels():
     assert len({config, dataclasses.replace(config, base=8e6), dataclasses.replace(config)}) == 2
 
 
+@pytest.mark.parametrize(
+    ("scaling", "expected"),
+    [
+        (None, None),
+        ({"rope_type": "default", "rope_theta": 5e5}, None),
+        (LLAMA3, LLAMA3),
+        ({"type": "linear", "factor": 2.0, "partial_rotary_factor": 1.0}, {"rope_type": "linear", "factor": 2.0}),
+        ({**YARN, "factor": None}, {**YARN, "factor": 2 * 65536 / YARN["original_max_position_embeddings"]}),
+    ],
+)
+def test_the_exported_scaling_is_complete_and_gives_the_same_frequencies(scaling, expected):
+    config = RopeConfig(64, 5e5, scaling, max_position_embeddings=2 * 65536)
+    exported = config.exported_scaling()
+    assert exported == expected
+    again = RopeConfig(64, 5e5, exported, max_position_embeddings=17)  # another length does not change its meaning
+    for one, other in zip(inverse_frequencies(config), inverse_frequencies(again), strict=True):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+
+
 def test_positions_stay_exact_in_fp32():
     check_positions(2**23, 2**23 - 1)
     check_positions(262_144, 262_144)

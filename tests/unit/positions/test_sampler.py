@@ -118,7 +118,7 @@ def test_shortest_lengths(number: int):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"perturbation": "chunk"}, "--rpsd-perturbation chunk .*skip or cyclic"),
+        ({"perturbation": "chunk"}, "--rpsd-perturbation chunk .*skip, cyclic, nope, chunk-permutation"),
         ({"max_shift": 0}, "--rpsd-max-shift 0 "),
         ({"max_shift": -3}, "--rpsd-max-shift -3 "),
         ({"perturbation": "cyclic", "max_shift": 5}, "--rpsd-max-shift 5 .*--seq-length 16"),

@@ -10,11 +10,11 @@ import torch
 
 from megatron_rpsd.parallel import ViewLayout
 from megatron_rpsd.positions import View, cyclic_view, skip_view
-from megatron_rpsd.training.batch import ViewBatch, make_view_batch
+from megatron_rpsd.training.batch import TWO_VIEWS, ViewBatch, make_view_batch
 
 LENGTH = 24
 VIEWS = [skip_view(13, 5, LENGTH), cyclic_view(7, LENGTH), View.identity()]  # splits 13, 17, 0
-OBJECTIVES = ("standard", "pose", "rpsd")
+OBJECTIVES = ("standard", "pose", *TWO_VIEWS)
 
 
 def sample() -> dict[str, torch.Tensor]:
@@ -25,7 +25,7 @@ def sample() -> dict[str, torch.Tensor]:
 
 
 def batches(objective: str, cp_size: int, start: int = 0, views: list[View] = VIEWS) -> list[ViewBatch]:
-    suffix_start = start if objective == "rpsd" else None
+    suffix_start = start if objective in TWO_VIEWS else None
     whole = sample()
     if views is not VIEWS:
         whole = {name: tensor[: len(views)] for name, tensor in whole.items()}
@@ -50,14 +50,14 @@ def positions_by_definition(view: View) -> list[int]:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_all_ranks_together_hold_the_whole_batch(objective, cp_size):
     whole, ranks = sample(), batches(objective, cp_size)
-    rpsd = objective == "rpsd"
-    tokens = [row + row if rpsd else row for row in whole["tokens"].tolist()]
+    both = objective in TWO_VIEWS
+    tokens = [row + row if both else row for row in whole["tokens"].tolist()]
     perturbed = [positions_by_definition(view) for view in VIEWS]
     standard = [list(range(LENGTH)) for _ in VIEWS]
     positions = {
         "standard": standard,
         "pose": perturbed,
-        "rpsd": [one + other for one, other in zip(standard, perturbed, strict=True)],
+        **dict.fromkeys(TWO_VIEWS, [one + other for one, other in zip(standard, perturbed, strict=True)]),
     }
     assert gathered(ranks, "tokens") == tokens
     assert gathered(ranks, "position_ids") == positions[objective]
@@ -74,7 +74,7 @@ def test_all_ranks_together_hold_the_whole_batch(objective, cp_size):
         assert batch.kept.tolist() == [sum(row) for row in mask]
         assert batch.kept_suffix.tolist() == [sum(row) for row in suffix_mask]
         assert batch.splits.tolist() == [view.split for view in VIEWS]
-        assert batch.shifts.tolist() == [view.shift for view in VIEWS]
+        assert batch.shifts.tolist() == [5, LENGTH, 0]
 
 
 @pytest.mark.parametrize(("cp_size", "start"), [(1, 1), (1, 13), (2, 4), (2, 12), (3, 12)])
@@ -91,7 +91,7 @@ def test_a_shared_prefix_repeats_the_suffix_alone(cp_size, start):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_types_and_shapes(objective):
     batch = batches(objective, 2)[1]
-    local = LENGTH // 2 * (2 if objective == "rpsd" else 1)
+    local = LENGTH // 2 * (2 if objective in TWO_VIEWS else 1)
     for name in ("tokens", "position_ids"):
         assert getattr(batch, name).dtype == torch.int64 and getattr(batch, name).shape == (3, local)
     assert batch.labels.dtype == torch.int64 and batch.labels.shape == (3, LENGTH // 2)
