@@ -29,7 +29,7 @@ OURS = "fused"
 
 @dataclass(frozen=True)
 class LossSizes:
-    """What is measured; `suffix_tokens` of the standard view's `tokens` are read twice."""
+    """What is measured; `suffix_tokens` of the standard view's `tokens` are read twice. `peers` None: all there are."""
 
     tokens: int
     suffix_tokens: int
@@ -40,7 +40,7 @@ class LossSizes:
     chunk_bytes: int = DEFAULT_CHUNK_BYTES["cpu"]
     dtype: str = "float32"
     device: str = "cpu"
-    peers: bool = True
+    peers: tuple[str, ...] | None = None
     bare_products: bool = True
 
 
@@ -125,7 +125,9 @@ def _implementations(sizes: LossSizes, inputs: _Inputs, group: dist.ProcessGroup
     """Functions that run forward and backward and return (CLM, KL), by name, and what is missing."""
     from megatron_rpsd.planning.loss_peers import available_peers
 
-    peers, missing = available_peers(sizes.device, group.size()) if sizes.peers else ({}, {})
+    peers, missing = available_peers(sizes.device, group.size())
+    if sizes.peers is not None:
+        peers, missing = {name: peers[name] for name in sizes.peers}, {}
 
     def ours() -> tuple[float, float]:
         total, clm, kl = _ours(sizes, inputs, group)

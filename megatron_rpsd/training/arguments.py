@@ -98,8 +98,8 @@ def _load_model_arguments(args: argparse.Namespace) -> None:
     typed_rope, typed_vocab = args.rope_parameters, args.vocab_size
     # Megatron would overwrite a raised base with the checkpoint's; whoever types it means it.
     typed_base = args.rotary_base if any(word.split("=")[0] == "--rotary-base" for word in sys.argv) else None
-    # The newest first: what --load sets stays set when the pretrained checkpoint follows.
-    for name in ("pretrained_checkpoint", "load"):
+    # A run's own checkpoint knows all of it: what the pretrained one says must not mix in.
+    for name in ("load", "pretrained_checkpoint"):
         loaded = load_args_from_checkpoint(args, load_arg=name)
         if isinstance(loaded, tuple):
             saved = loaded[1]
@@ -107,6 +107,7 @@ def _load_model_arguments(args: argparse.Namespace) -> None:
             args.rope_parameters = typed_rope or getattr(saved, "rope_parameters", None)
             args.qk_layernorm = saved.qk_layernorm
             args.layernorm_epsilon = saved.layernorm_epsilon
+            break
     args.rotary_base = args.rotary_base if typed_base is None else typed_base
     # Padding depends on this run's tensor parallelism, so it is computed, never loaded.
     args.padded_vocab_size = None

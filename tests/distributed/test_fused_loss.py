@@ -9,6 +9,9 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, 
 
 from megatron_rpsd.loss import Divergence, fused_linear_loss
 from megatron_rpsd.parallel import VocabularyShard
+from tests.distributed import jobs
+from tests.distributed.models import samples, split_in_every_chunk
+from tests.distributed.test_gradients import CP2, SP, TP2, largest_error
 from tests.unit.loss.fused_cases import Case, errors
 
 ONE_TOKEN, SOME, ALL = 1, 12_000, 2**30
@@ -126,3 +129,14 @@ def test_hidden_gradients_are_reduced_within_the_pass(sequence_parallel, ranks):
     for (gradient, collectives), share in zip(results, expected, strict=True):
         torch.testing.assert_close(gradient, share, rtol=1e-11, atol=1e-12)
         assert collectives == []
+
+
+def test_training_is_the_same_with_many_chunks_and_with_whole_logits(ranks, tiny_llama):
+    flags = ["--objective", "rpsd", "--rpsd-kl-weight", "0.7", *TP2, *CP2, *SP]
+    views, sample = split_in_every_chunk(), samples(8, masked=True)
+    (chunked, fused), (whole, unfused) = (
+        ranks.run(4, jobs.step, tiny_llama, [*flags, *implementation], sample, views)[0]
+        for implementation in (["--loss-chunk-bytes", "3000"], ["--loss-implementation", "unfused"])
+    )
+    assert chunked == pytest.approx(whole, rel=1e-6)
+    assert largest_error(fused, unfused) < 5e-6

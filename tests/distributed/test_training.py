@@ -192,3 +192,12 @@ def test_data_of_another_vocabulary_is_refused(ranks, checkpoint, tmp_path):
     code, text = ranks.run(1, training_job.refused, good(checkpoint, prefix))[0]
     assert code == 2 and len(text.splitlines()) == 1
     assert "500" in text and "97" in text
+
+
+def test_a_resumed_run_keeps_the_window_and_base_that_were_typed_once(ranks, checkpoint, prefix, tmp_path):
+    arguments = run_arguments(checkpoint, prefix, 2)
+    saved = ["--save", str(tmp_path / "run"), "--save-interval", "1", "--load", str(tmp_path / "run")]
+    typed = ["--max-position-embeddings", "256", "--rotary-base", "20000"]
+    ranks.run(1, training_job.train, [*arguments, *saved, *typed, "--exit-interval", "1"])
+    (settled,) = ranks.run(1, training_job.settled_arguments, [*arguments, *saved])
+    assert (settled["max_position_embeddings"], settled["rotary_base"]) == (256, 20000)

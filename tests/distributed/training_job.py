@@ -7,7 +7,7 @@ import io
 import sys
 
 from megatron_rpsd.training import main as entry
-from megatron_rpsd.training.session import end_session
+from megatron_rpsd.training.session import end_session, start_session
 
 
 @contextlib.contextmanager
@@ -31,6 +31,16 @@ def train(arguments: list[str]) -> str:
     finally:
         end_session()
     return output.getvalue()
+
+
+def settled_arguments(arguments: list[str]) -> dict:
+    """Arguments as a run would have them, checkpoint's and typed ones settled."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            settled = vars(start_session(arguments)[0])
+        return {name: settled[name] for name in ("max_position_embeddings", "rotary_base")}
+    finally:
+        end_session()
 
 
 def refused(arguments: list[str]) -> tuple[int | None, str]:
