@@ -17,7 +17,8 @@ from megatron_rpsd.training.errors import one_line_errors, quiet_parser
 COMMANDS = {
     "views_4k_vocabulary": "benchmark_views.py --seq-length 4096 --vocab-size 4096",
     "views_32k_vocabulary": "benchmark_views.py --seq-length 4096 --vocab-size 32000",
-    "loss": "benchmark_loss.py --tokens 2048 --hidden 1024 --vocab 128256 --tensor-model-parallel-size 2",
+    "loss": "benchmark_loss.py --tokens 2048 --hidden 1024 --vocab 128256 --tensor-model-parallel-size 2 "
+    "--repetitions 2",
 }
 
 

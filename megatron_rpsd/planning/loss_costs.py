@@ -12,7 +12,6 @@ import gc
 import os
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,8 +150,6 @@ def _rank(sizes: LossSizes) -> dict:
 
     from megatron_rpsd.training.main import choose_device
 
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of functions that peers call
-    warnings.filterwarnings("ignore", message=".*(Transformer Engine|transformers).*")  # are not there, or newer
     choose_device(["--device", sizes.device])
     if sizes.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -214,6 +211,8 @@ def measure_loss_costs(sizes: LossSizes, progress: Callable[[str], None] = lambd
         and gradient_difference from ours; ratio_seconds, ratio_peak_bytes over the best peer (absent without peers);
         ratio_seconds_bare over the bare products; missing peers with reasons; sizes.
     """
+    # Ranks would tell that Apex is absent, and of functions that peers should no longer call.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning,ignore::FutureWarning")
     progress(f"{sizes.repetitions} repetitions after a first one, on {sizes.tensor_model_parallel_size} ranks")
     measured = run_on_local_ranks(_rank, sizes.tensor_model_parallel_size, sizes)
     rows = measured["implementations"]
