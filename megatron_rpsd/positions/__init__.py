@@ -1,5 +1,6 @@
 """Positions: what a view of a sequence is, which view a sample gets, and the RoPE tables at given positions."""
 
+from megatron_rpsd.positions.lengths import LengthSchedule, MixedLengths, cut_rows, parse_share, scaled_step
 from megatron_rpsd.positions.perturbations import (
     View,
     batch_position_ids,
@@ -26,6 +27,7 @@ from megatron_rpsd.positions.sampler import (
     Draw,
     StepShape,
     ViewSampler,
+    keyed_generator,
     split_density_at,
 )
 
@@ -36,6 +38,8 @@ __all__ = [
     "SPLIT_SAMPLINGS",
     "SPLIT_VIEWS",
     "Draw",
+    "LengthSchedule",
+    "MixedLengths",
     "RopeConfig",
     "StepShape",
     "View",
@@ -43,13 +47,17 @@ __all__ = [
     "batch_position_ids",
     "check_positions",
     "chunk_permutation_view",
+    "cut_rows",
     "cyclic_definition",
     "cyclic_view",
     "inverse_frequencies",
+    "keyed_generator",
     "nope_view",
+    "parse_share",
     "pose_view",
     "rope_tables",
     "rotate",
+    "scaled_step",
     "skip_view",
     "split_density_at",
 ]

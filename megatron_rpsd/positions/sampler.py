@@ -57,6 +57,32 @@ class StepShape:
         """M, micro-steps of a global step."""
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
 
+    def place(self, sample_index: int, sampling: str, seed: int, stream: int) -> tuple[int, int, int]:
+        """(key of a draw, its stratum, number of strata) of what a sample's micro-batch draws under `sampling`.
+
+        stratified: the key is the micro-step, and the strata of a global step come in random order, of the stream's
+        own. independent: the key is the micro-batch, in one stratum.
+        """
+        assert 0 <= sample_index < _WORD, f"sample index {sample_index} does not fit in 64 bits"
+        micro_batch = sample_index // self.micro_batch_size
+        if sampling == "independent":
+            return micro_batch, 0, 1
+        micro_step = micro_batch // self.data_parallel_size
+        strata = self.micro_steps
+        order = keyed_generator(seed, stream, micro_step // strata).permutation(strata)
+        return micro_step, int(order[micro_step % strata]), strata
+
+
+def keyed_generator(seed: int, stream: int, index: int) -> np.random.Generator:
+    """Philox is a function of (key, counter): the key is (seed, stream), the index the counter's highest word.
+
+    A draw advances the counter's lowest word, so two indices would meet only after 2**192 blocks.
+    """
+    bits = np.random.Philox(
+        key=np.array([seed, stream], dtype=np.uint64), counter=np.array([0, 0, 0, index], dtype=np.uint64)
+    )
+    return np.random.Generator(bits)
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -171,7 +197,7 @@ class ViewSampler:
 
     def draw(self, sample_index: int) -> Draw:
         """View and KL weight of the sample with this global index (its place in the run's order of samples)."""
-        group, stratum, strata = self._place(sample_index)
+        group, stratum, strata = self.step.place(sample_index, self.split_sampling, self.seed, _ORDER)
         if self.apply_probability < 1 and self._generator(_APPLY, group).random() >= self.apply_probability:
             return Draw(View.identity(), 0.0)
         if self.perturbation not in SPLIT_VIEWS:
@@ -242,17 +268,6 @@ class ViewSampler:
         ends = [*cuts, self.length]
         return pose_view([end - start for start, end in zip([0, *cuts], ends, strict=True)], bias)
 
-    def _place(self, sample_index: int) -> tuple[int, int, int]:
-        """(key of the split, its stratum, number of strata) of a sample."""
-        assert 0 <= sample_index < _WORD, f"sample index {sample_index} does not fit in 64 bits"
-        micro_batch = sample_index // self.step.micro_batch_size
-        if self.split_sampling == "independent":
-            return micro_batch, 0, 1
-        micro_step = micro_batch // self.step.data_parallel_size
-        strata = self.step.micro_steps
-        order = self._generator(_ORDER, micro_step // strata).permutation(strata)
-        return micro_step, int(order[micro_step % strata]), strata
-
     def _warp(self, uniform: float) -> tuple[float, float]:
         """(place x in [0, 1), importance weight) under density 1 - a + 2 a x, by its inverse distribution function."""
         a = self.split_density
@@ -262,11 +277,4 @@ class ViewSampler:
         return place, 1 / split_density_at(place, a)
 
     def _generator(self, stream: int, index: int) -> np.random.Generator:
-        """Philox is a function of (key, counter): the key is (seed, stream), the index the counter's highest word.
-
-        A draw advances the counter's lowest word, so two indices would meet only after 2**192 blocks.
-        """
-        bits = np.random.Philox(
-            key=np.array([self.seed, stream], dtype=np.uint64), counter=np.array([0, 0, 0, index], dtype=np.uint64)
-        )
-        return np.random.Generator(bits)
+        return keyed_generator(self.seed, stream, index)

@@ -62,7 +62,7 @@ def _clean(axes) -> None:
 
 def _legend_above(figure: Figure, axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 5), frameon=False)
 
 
 def running_mean(values: Sequence[float], window: int) -> np.ndarray:

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import traceback
+from pathlib import Path
 
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
@@ -14,12 +15,15 @@ from megatron.training.global_vars import get_tokenizer, set_global_variables
 from megatron.training.utils.common_utils import get_blend_and_blend_per_split
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
+from megatron_rpsd.data.chat import check_conversations
 from megatron_rpsd.data.manifest import check_prefix
 from megatron_rpsd.loss import DEFAULT_CHUNK_BYTES, DIRECTIONS
 from megatron_rpsd.positions import RopeConfig, check_positions
 from megatron_rpsd.runtime.cpu import cpu_runtime_installed, set_cpu_arguments
-from megatron_rpsd.training.arms import add_arm_arguments, check_arm, settle_arm, suffix_unit
+from megatron_rpsd.training.arms import add_arm_arguments, check_arm, default_granule, settle_arm, suffix_unit
+from megatron_rpsd.training.chat_dataset import check_chat_tokenizer
 from megatron_rpsd.training.errors import quiet_parser
+from megatron_rpsd.training.lengths import add_length_arguments, check_length_mix
 from megatron_rpsd.training.objective import LOSS_IMPLEMENTATIONS
 
 
@@ -27,6 +31,7 @@ def add_rpsd_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     """Add the method's flags to Megatron's parser (its `extra_args_provider`)."""
     group = parser.add_argument_group(title="rpsd")
     add_arm_arguments(group)
+    add_length_arguments(group)
     group.add_argument(
         "--rpsd-kl-direction", choices=DIRECTIONS, default=None,
         help="Divergence of the perturbed view p from the standard view q: KL(p || q) (the paper, default), "
@@ -88,6 +93,8 @@ def parse_and_check(defaults: dict | None = None) -> argparse.Namespace:
         )
     set_global_variables(args)
     _settle_vocabulary(args)
+    if args.conversations:
+        check_chat_tokenizer(args)
     return args
 
 
@@ -96,8 +103,11 @@ def _load_model_arguments(args: argparse.Namespace) -> None:
     if args.load is None and args.pretrained_checkpoint is None:
         raise ValueError("--use-checkpoint-args needs --load or --pretrained-checkpoint to name a checkpoint")
     typed_rope, typed_vocab = args.rope_parameters, args.vocab_size
-    # Megatron would overwrite a raised base with the checkpoint's; whoever types it means it.
-    typed_base = args.rotary_base if any(word.split("=")[0] == "--rotary-base" for word in sys.argv) else None
+    # Megatron would overwrite a raised base, and the tokenizer, with the checkpoint's; whoever types them means them.
+    flags = {word.split("=")[0] for word in sys.argv}
+    typed_base = args.rotary_base if "--rotary-base" in flags else None
+    if "--tokenizer-model" in flags:
+        args.use_tokenizer_model_from_checkpoint_args = False
     # A run's own checkpoint knows all of it: what the pretrained one says must not mix in.
     for name in ("load", "pretrained_checkpoint"):
         loaded = load_args_from_checkpoint(args, load_arg=name)
@@ -116,6 +126,9 @@ def _load_model_arguments(args: argparse.Namespace) -> None:
 def _complete(args: argparse.Namespace) -> None:
     args.calculate_per_token_loss = True
     args.create_attention_mask_in_dataloader = False
+    # Under its own --sft Megatron's evaluation averages the means of ranks, in which a context-parallel rank without an
+    # assistant token counts as a loss of 0; so its loop is not told.
+    args.conversations, args.sft = args.sft, False
     if args.eval_interval is None:  # Megatron 0.19 has no default, and divides by it: evaluate at the end
         args.eval_interval = args.train_iters or 1000
     if args.loss_chunk_bytes is None:
@@ -124,16 +137,10 @@ def _complete(args: argparse.Namespace) -> None:
         args.rpsd_seed = args.seed
     settle_arm(args)
     if args.rpsd_split_granule is None and args.seq_length:
-        args.rpsd_split_granule = default_granule(args)
+        args.rpsd_split_granule = default_granule(args, args.seq_length)
     if args.seq_length and args.max_position_embeddings and args.max_position_embeddings < args.seq_length:
         # The window grows: the adapted model's configuration must say so.
         args.max_position_embeddings = args.seq_length
-
-
-def default_granule(args: argparse.Namespace) -> int:
-    """2 x CP x TP x 16 tokens, which keeps kernels' shapes even; less where L is short, so that splits stay many."""
-    unit = 2 * args.context_parallel_size * args.tensor_model_parallel_size
-    return min(max(unit, min(16 * unit, args.seq_length // 32 // unit * unit)), max(args.seq_length, 1))
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -201,6 +208,7 @@ def _check_objective(args: argparse.Namespace) -> None:
             f"parallelism) = {unit}, so the granule must be a multiple of {unit}"
         )
     check_arm(args)
+    check_length_mix(args)
     if args.rpsd_split_sampling == "stratified" and (args.rampup_batch_size or args.step_batch_size_schedule):
         raise ValueError(
             "--rpsd-split-sampling stratified spreads splits over a global batch of one size; with --rampup-batch-size "
@@ -267,8 +275,17 @@ def _check_data(args: argparse.Namespace) -> None:
             "--reset-position-ids and --reset-attention-mask are not supported: views span the whole sample"
         )
     blend, per_split = get_blend_and_blend_per_split(args)
-    for prefixes, _ in [part for part in [blend, *(per_split or [])] if part]:
-        for prefix in prefixes:
+    if args.conversations and (args.mock_data or not (blend or per_split)):
+        raise ValueError("--sft needs --data-path (or --train-data-path) to name JSONL files of conversations")
+    for prefix in sorted({prefix for part in [blend, *(per_split or [])] if part for prefix in part[0]}):
+        if args.conversations:
+            check_conversations(prefix)
+        elif prefix.endswith(".jsonl") and Path(prefix).is_file():
+            raise ValueError(
+                f"--data-path {prefix} is JSONL, not the prefix of .bin and .idx: add --sft if its lines are "
+                "conversations, or make tokens of it with tools/preprocess_data.py"
+            )
+        else:
             check_prefix(prefix, args.vocab_size)
 
 

@@ -139,8 +139,10 @@ def settle_arm(args: argparse.Namespace) -> None:
                 f"{_flag(name)} {_written(typed[name])} belongs to {owner}; this run is {_arm(args)}: leave it out"
             )
     args.rpsd_split_range = tuple(args.rpsd_split_range)
-    if args.rpsd_split_sampling is None:  # where no split is drawn, nothing needs a global batch of one size
-        args.rpsd_split_sampling = "stratified" if _has_perturbed_view(args) else "independent"
+    if args.rpsd_split_sampling is None:  # where nothing is drawn, nothing needs a global batch of one size
+        drawn = _has_perturbed_view(args) or args.length_mix
+        args.rpsd_split_sampling = "stratified" if drawn else "independent"
+    args.rpsd_follows_length = [name for name in ("rpsd_max_shift", "pose_target_length") if name not in typed]
     if args.rpsd_max_shift is None:
         args.rpsd_max_shift = args.seq_length
     if args.pose_target_length is None and args.seq_length:
@@ -196,18 +198,32 @@ def suffix_unit(args: argparse.Namespace) -> int:
     return (2 * cp if cp > 1 else 1) * (tp if args.sequence_parallel else 1)
 
 
-def sampler_from_args(args: argparse.Namespace, step: StepShape) -> ViewSampler:
-    """The sampler of the arm's views.
+def default_granule(args: argparse.Namespace, length: int) -> int:
+    """2 x CP x TP x 16 tokens, which keeps kernels' shapes even; less where sequences are short, so that splits stay
+    many.
+    """
+    unit = 2 * args.context_parallel_size * args.tensor_model_parallel_size
+    return min(max(unit, min(16 * unit, length // 32 // unit * unit)), max(length, 1))
+
+
+def sampler_from_args(args: argparse.Namespace, step: StepShape, length: int | None = None) -> ViewSampler:
+    """The sampler of the arm's views of sequences of `length` tokens, --seq-length by default.
+
+    On shorter sequences, ranges that were typed stay, default ones follow the length, and splits are at least as fine
+    as that length's default.
 
     Raises:
         ValueError: as `ViewSampler`.
     """
+    length = args.seq_length if length is None else length
+    granule, shorter = args.rpsd_split_granule, length < args.seq_length
+    follows = args.rpsd_follows_length if shorter else []
     return ViewSampler(
         seed=args.rpsd_seed,
         perturbation=POSE_CHUNKS if _poses_chunks(args) else args.rpsd_perturbation,
-        length=args.seq_length,
-        max_shift=args.rpsd_max_shift,
-        granule=args.rpsd_split_granule,
+        length=length,
+        max_shift=None if "rpsd_max_shift" in follows else args.rpsd_max_shift,
+        granule=min(granule, default_granule(args, length)) if shorter else granule,
         split_sampling=args.rpsd_split_sampling,
         step=step,
         apply_probability=args.rpsd_apply_probability,
@@ -215,7 +231,7 @@ def sampler_from_args(args: argparse.Namespace, step: StepShape) -> ViewSampler:
         split_range=args.rpsd_split_range,
         permutation_chunks=args.rpsd_permutation_chunks,
         pose_chunks=args.pose_chunks,
-        target_length=args.pose_target_length,
+        target_length=None if "pose_target_length" in follows else args.pose_target_length,
     )
 
 

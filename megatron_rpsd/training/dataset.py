@@ -10,6 +10,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.training import get_args, get_tokenizer
 from megatron.training.utils.common_utils import get_blend_and_blend_per_split
 
+from megatron_rpsd.training.chat_dataset import ConversationDataset
+
 
 class IndexedSamples(torch.utils.data.Dataset):
     """Adds `sample_index`, the sample's index in the stream: with the seed, all that a view depends on."""
@@ -56,7 +58,7 @@ def datasets_provider(num_samples: list[int | None], vp_stage: int | None = None
     tensor-parallel rank 0: middle pipeline stages need the positions too, and there is no broadcast to disagree with.
     """
     args = get_args()
-    kind = MockGPTDataset if args.mock_data else GPTDataset
+    kind = ConversationDataset if args.conversations else MockGPTDataset if args.mock_data else GPTDataset
     built = BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, dataset_config(args)).build()
     return tuple(None if dataset is None else IndexedSamples(dataset) for dataset in built)
 

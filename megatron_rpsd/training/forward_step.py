@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_rpsd.model import RPSDModelConfig, ViewSequence
 from megatron_rpsd.parallel import ViewLayout, all_gather_tokens
-from megatron_rpsd.positions import Draw, View, ViewSampler, rope_tables
+from megatron_rpsd.positions import Draw, MixedLengths, View, ViewSampler, rope_tables
 from megatron_rpsd.training.batch import TWO_VIEWS, ViewBatch, make_view_batch
 from megatron_rpsd.training.objective import Objective
 
@@ -29,19 +29,23 @@ class ForwardStep:
         sampler: ViewSampler,
         length: int,
         execution: str = "full",
+        mix: MixedLengths | None = None,
     ) -> None:
         assert execution in EXECUTIONS
         self.execution = execution
         self.objective = objective
         self.sampler = sampler
         self.length = length
+        self.mix = mix
         self.inv_freq, self.attention_scaling = model_config.inverse_frequencies()
 
     def __call__(self, data_iterator, model):
         """The stage's output, and the function that makes a loss of it on the last stage."""
-        sample = next(data_iterator)
-        draws = [self.sampler.draw(int(index)) for index in sample["sample_index"]]
-        layout = self.layout(self.suffix_start(draws))
+        sample, sampler = next(data_iterator), self.sampler
+        if self.mix is not None and model.training:  # evaluation reads whole windows
+            sample, sampler = self.mix.read(sample)
+        draws = [sampler.draw(int(index)) for index in sample["sample_index"]]
+        layout = self.layout(self.suffix_start(draws), sampler.length)
         return self.run(model, sample, [draw.view for draw in draws], layout, [draw.kl_weight for draw in draws])
 
     def suffix_start(self, draws: Sequence[Draw]) -> int | None:
@@ -56,10 +60,12 @@ class ForwardStep:
         (split,) = {draw.view.split for draw in draws}  # one split a micro-batch; shifts are per sample
         return split
 
-    def layout(self, suffix_start: int | None) -> ViewLayout:
-        """This rank's layout of a view pair from `suffix_start` on (0: a whole second view), or of one view (None)."""
+    def layout(self, suffix_start: int | None, length: int | None = None) -> ViewLayout:
+        """This rank's layout of a view pair from `suffix_start` on (0: a whole second view), or of one view (None);
+        of sequences of `length` tokens, --seq-length by default.
+        """
         return ViewLayout(
-            self.length,
+            self.length if length is None else length,
             suffix_start,
             parallel_state.get_context_parallel_world_size(),
             parallel_state.get_context_parallel_rank(),
@@ -78,7 +84,13 @@ class ForwardStep:
         batch = make_view_batch(sample, views, self.objective.name, layout, kl_weights, short_loss)
         batch = batch.to(torch.cuda.current_device())
         output = self._forward(model, batch, self.objective.output_processor)
-        return output, functools.partial(self.objective.loss, batch, model.training)
+        return output, functools.partial(self._loss, batch, model.training)
+
+    def _loss(self, batch: ViewBatch, training: bool, sums: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        loss, tokens, logged = self.objective.loss(batch, training, sums)
+        if self.mix is not None and training:
+            logged["mean length"] = sums.new_tensor([batch.layout.length, 1.0])
+        return loss, tokens, logged
 
     def _forward(self, model, batch: ViewBatch, output_processor) -> Tensor:
         return model(
@@ -95,8 +107,12 @@ class ForwardStep:
     @torch.no_grad()
     def short_losses(self, model, sample: Mapping[str, Tensor]) -> Tensor:
         """Loss of every token with LongCE's short context, fp32 [b, L], the same on all ranks of a replica; nan where
-        the whole context is no longer than that. As many windows go through the model at once as make up L tokens.
+        the whole context is no longer than that. As many windows go through the model at once as make up
+        --seq-length tokens.
         """
+        length = sample["tokens"].shape[1]
+        if length <= self.objective.longce.context:  # no token has a longer context than its short one
+            return torch.full(sample["tokens"].shape, torch.nan)
         tokens, labels = (self.objective.longce.windows(sample[name]) for name in ("tokens", "labels"))
         width = tokens.shape[1]
         cp_group = parallel_state.get_context_parallel_group()
@@ -109,7 +125,7 @@ class ForwardStep:
             local = self._forward(model, batch, self.objective.token_losses)  # [width/cp, rows]
             whole = all_gather_tokens(local, cp_group)
             losses.append((whole if order is None else whole[order.to(whole.device)]).T)
-        return self.objective.longce.scored(torch.cat(losses), self.length)
+        return self.objective.longce.scored(torch.cat(losses), length)
 
     def sequence(self, batch: ViewBatch) -> ViewSequence:
         """What the layers need: layout and rotary tables, made on every stage from the same positions."""

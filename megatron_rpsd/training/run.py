@@ -16,6 +16,7 @@ from megatron_rpsd.training.arms import sampler_from_args
 from megatron_rpsd.training.batch import TWO_VIEWS
 from megatron_rpsd.training.dataset import datasets_provider
 from megatron_rpsd.training.forward_step import ForwardStep
+from megatron_rpsd.training.lengths import describe_lengths, mixed_lengths_from_args
 from megatron_rpsd.training.longce import LongCE
 from megatron_rpsd.training.objective import LossOptions, Objective
 
@@ -31,11 +32,14 @@ def forward_step_from_args(args: argparse.Namespace, model_config: RPSDModelConf
     objective = Objective(args.objective, args.rpsd_kl_weight, model_config.real_vocab_size, options, longce)
     step = StepShape(args.global_batch_size, args.micro_batch_size, args.data_parallel_size)
     sampler = sampler_from_args(args, step)
-    return ForwardStep(model_config, objective, sampler, args.seq_length, args.rpsd_execution)
+    mix = mixed_lengths_from_args(args, step)
+    return ForwardStep(model_config, objective, sampler, args.seq_length, args.rpsd_execution, mix)
 
 
 def _announce(args: argparse.Namespace, forward_step: ForwardStep) -> None:
     """Say once what a step will cost."""
+    if forward_step.mix is not None:
+        print_rank_0(describe_lengths(forward_step.mix.schedule))
     if args.longce:
         windows = forward_step.objective.longce.window_starts(args.seq_length)
         read = len(windows) * (args.longce_context + args.longce_stride)

@@ -21,11 +21,12 @@ from megatron_rpsd.training.session import all_ranks, build_stages, end_session,
 
 
 def step(
-    hf: Path, flags: list[str], sample: dict, views: list[View], micro_batch: int = 1, suffix_start: int = 0
+    hf: Path, flags: list[str], sample: dict, views: list[View] | None, micro_batch: int = 1, suffix_start: int = 0
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """Losses and Hugging Face gradients of one global batch at the layout that `flags` describe.
 
-    Samples are dealt to data-parallel ranks in consecutive blocks of a micro-batch, as Megatron's sampler does.
+    Samples are dealt to data-parallel ranks in consecutive blocks of a micro-batch, as Megatron's sampler does. Without
+    `views` the run reads each sample as its own flags say, by its sample_index.
     """
     folder = HFFolder(hf)
     length = sample["tokens"].shape[1]
@@ -49,15 +50,18 @@ def _forward_backward(stages, forward_step, sample, views, micro_batch, suffix_s
         stage.zero_grad_buffer()
         get_model_config(stage).finalize_model_grads_func = finalize_model_grads
     dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    steps = len(views) // (micro_batch * dp_size)
+    steps = len(sample["tokens"]) // (micro_batch * dp_size)
 
     def batches():
         for index in range(steps):
             start = (index * dp_size + dp_rank) * micro_batch
             rows = slice(start, start + micro_batch)
-            yield {name: value[rows] for name, value in sample.items()}, views[rows]
+            micro = {name: value[rows] for name, value in sample.items()}
+            yield micro if views is None else (micro, views[rows])
 
     def forward(iterator, model):
+        if views is None:
+            return forward_step(iterator, model)
         rows, drawn = next(iterator)
         start = suffix_start if forward_step.objective.name in TWO_VIEWS else None
         return forward_step.run(model, rows, drawn, forward_step.layout(start))

@@ -10,6 +10,7 @@ from examples.arms.run import ARMS, read_flags
 from examples.arms.run import FOLDER as ARM_FOLDER
 from megatron_rpsd.checkpoint.convert import import_hf
 from megatron_rpsd.positions import POSE_CHUNKS, View, ViewSampler, nope_view
+from tests.chat_tokenizer import assistant, save_chat_tokenizer, user, write_chats
 from tests.distributed import jobs, training_job
 from tests.distributed.corpus import run_arguments, write_corpus
 from tests.distributed.models import LENGTH, reference, samples, split_in_every_chunk
@@ -66,11 +67,16 @@ def run_of(ranks, tiny_llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("arms")
     ranks.run(1, import_hf, tiny_llama, folder / "checkpoint")
     prefix = write_corpus(folder / "random")
+    chats = write_chats(folder / "chats.jsonl", [[user("hi"), assistant("you")]] * 4)
+    tokenizer = save_chat_tokenizer(folder / "tokenizer")
 
     def run(arm: str) -> dict[str, float]:
         arguments = [*run_arguments(folder / "checkpoint", prefix, 2), *CP2, *read_flags(ARM_FOLDER / arm / "args.txt")]
         if "longce" in arm:  # the paper's windows are longer than these sequences
             arguments += ["--longce-context", "10", "--longce-stride", "6"]
+        if "sft" in arm:
+            arguments += ["--data-path", str(chats), "--tokenizer-type", "HuggingFaceTokenizer"]
+            arguments += ["--tokenizer-model", str(tokenizer)]
         output = ranks.run(2, training_job.train, arguments)
         line = next(line for text in output for line in text.splitlines() if re.search(r"iteration +2/ +2", line))
         fields = [part.split(":", 1) for part in line.split("|")]

@@ -10,6 +10,7 @@ import pytest
 
 from examples.arms.run import ARMS, FOLDER, arm_flags, read_flags
 from megatron_rpsd.positions import POSE_CHUNKS, StepShape
+from tests.chat_tokenizer import assistant, user, write_chats
 
 LENGTH = 64
 MODEL = (
@@ -20,7 +21,7 @@ MODEL = (
 
 
 @pytest.fixture
-def parsed(monkeypatch):
+def parsed(monkeypatch, tmp_path):
     """Arguments of a command line, completed and checked as training does, without starting anything."""
     from megatron.training.arguments import parse_args
 
@@ -30,7 +31,11 @@ def parsed(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
     def parse(*flags: str) -> argparse.Namespace:
-        monkeypatch.setattr(sys, "argv", ["main", *MODEL, *flags])
+        words = ["main", *MODEL, *flags]
+        if "--sft" in flags:  # what mock data cannot stand in for
+            words.remove("--mock-data")
+            words += ["--data-path", str(write_chats(tmp_path / "chats.jsonl", [[user("a"), assistant("b")]]))]
+        monkeypatch.setattr(sys, "argv", words)
         args = parse_args(arguments.add_rpsd_arguments)
         arguments._complete(args)
         arguments.check_arguments(args)
@@ -50,6 +55,7 @@ EXPECTED = {
     "hard-label": ("hard-label", "skip"),
     "longce": ("standard", "skip"),
     "rpsd-longce": ("rpsd", "skip"),
+    "rpsd-sft": ("rpsd", "skip"),
 }
 SHORT_WINDOWS = ["--longce-context", "24", "--longce-stride", "8"]  # the paper's are longer than these sequences
 
@@ -63,7 +69,7 @@ def test_every_arm_parses_and_means_what_it_says(arm: str, parsed):
     from megatron_rpsd.training.arms import sampler_from_args
 
     args = parsed(*arm_flags(arm), "--lr", "3e-4", *(SHORT_WINDOWS if "longce" in arm else []))
-    assert args.longce == ("longce" in arm)
+    assert args.longce == ("longce" in arm) and args.conversations == ("sft" in arm) and not args.sft
     sampler = sampler_from_args(args, StepShape(2, 1, 1))
     assert (args.objective, sampler.perturbation) == EXPECTED[arm]
     assert args.rpsd_kl_weight == 1.0 and sampler.length == LENGTH and sampler.view(3).position_ids(LENGTH) is not None
@@ -169,6 +175,17 @@ def test_an_option_of_the_arm_is_taken(arm, option, parsed):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ("--length-mix 0.5:64 0.4:8", "--length-mix 0.5:64 0.4:8: the shares sum to 0.9, not 1"),
+        ("--length-mix 0.5", "--length-mix 0.5: write SHARE:LENGTH"),
+        ("--length-mix 1:8 --sft", "--length-mix 1:8 cuts windows of documents; under --sft"),
+        (
+            "--length-mix 0.5:64 0.5:8 --rpsd-perturbation chunk-permutation --rpsd-permutation-chunks 9",
+            "--length-mix 0.5:64 0.5:8: at length 8, --rpsd-permutation-chunks 9 must lie in 2..--seq-length 8",
+        ),
+        (
+            "--length-mix 0.5:64 0.5:2 --context-parallel-size 2",
+            r"2 must divide by 2 x CP \(x TP under sequence parallelism\) = 4",
+        ),
         ("--objective pose --longce", "--longce weighs the CLM of --objective standard or rpsd"),
         ("--longce", "--longce-context 4096 must be .* shorter than --seq-length 64"),
         ("--longce --longce-context 8 --longce-stride 0", "--longce-stride 0"),
@@ -202,3 +219,19 @@ def test_values_out_of_range_are_refused(flags: str, message: str, parsed, monke
         monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=message):
         parsed(*flags.split())
+
+
+def test_a_short_sequence_keeps_typed_ranges_and_follows_its_length_otherwise(parsed):
+    from megatron_rpsd.training.lengths import mixed_lengths_from_args
+
+    mix = ("--length-mix", "0.5:64", "0.5:8")
+    samplers = mixed_lengths_from_args(parsed(*mix), StepShape(2, 1, 1)).samplers
+    assert {length: sampler.max_shift for length, sampler in samplers.items()} == {64: 64, 8: 8}
+    assert {length: sampler.granule for length, sampler in samplers.items()} == {64: 2, 8: 2}
+    assert samplers[8].step == StepShape(16, 8, 1) and samplers[64].step == StepShape(2, 1, 1)
+    samplers = mixed_lengths_from_args(parsed(*mix, "--rpsd-max-shift", "64"), StepShape()).samplers
+    assert {length: sampler.max_shift for length, sampler in samplers.items()} == {64: 64, 8: 64}
+    samplers = mixed_lengths_from_args(parsed(*CHUNKS, *mix), StepShape()).samplers
+    assert {length: sampler.target_length for length, sampler in samplers.items()} == {64: 128, 8: 16}
+    assert parsed(*STANDARD, *mix).rpsd_split_sampling == "stratified"  # so that ranks of a micro-step cost the same
+    assert mixed_lengths_from_args(parsed(), StepShape()) is None

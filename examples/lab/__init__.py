@@ -1,0 +1,1 @@
+"""The position lab: what RPSD does to a two-layer model on a synthetic retrieval language, on two CPU cores."""
