@@ -23,7 +23,6 @@ from typing import NoReturn
 from examples.quickstart.console import StageFailed, failure_reason
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["examples.lab.preload"])
 
 POLL_SECONDS = 0.5
 """how often a caller hears that a run goes on"""
@@ -94,6 +93,8 @@ def run_on_ranks(world_size: int, log: Path, function: Callable, *arguments) -> 
     Raises:
         StageFailed: a rank failed; one line of its log says why.
     """
+    # Here and not on import: the process has one such server, which its first user starts.
+    _context.set_forkserver_preload(["examples.lab.preload"])
     log.parent.mkdir(parents=True, exist_ok=True)
     logs = [rank_log(log, rank) for rank in range(world_size)]
     for path in logs:
