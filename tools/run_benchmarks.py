@@ -19,6 +19,7 @@ COMMANDS = {
     "views_32k_vocabulary": "benchmark_views.py --seq-length 4096 --vocab-size 32000",
     "loss": "benchmark_loss.py --tokens 2048 --hidden 1024 --vocab 128256 --tensor-model-parallel-size 2 "
     "--repetitions 2",
+    "conversion": "benchmark_conversion.py --hf runs/bench/smollm2 --fetch-smollm2",
 }
 
 
@@ -31,6 +32,12 @@ def _rows(name: str, result: dict) -> Iterator[dict]:
             best = min(peers, key=lambda peer: peers[peer][key])
             yield {"what": f"loss, {unit}", "ours": ours[key], "peer": best, "theirs": peers[best][key]}
         yield {"what": "loss, s", "ours": ours["seconds"], "peer": "bare products", "theirs": bare["seconds"]}
+        return
+    if name == "conversion":
+        for key, unit in (("seconds", "s"), ("peak_bytes", "bytes")):
+            copy = result[key]["copy"]
+            for way in ("import", "export"):
+                yield {"what": f"{way}, {unit}", "ours": result[key][way], "peer": "copy", "theirs": copy}
         return
     for way in ("full", "shared-prefix"):
         ours = result["step_ratio"][way] * result["seconds"]["clm"]

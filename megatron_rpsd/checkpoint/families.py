@@ -2,7 +2,8 @@
 
 The supported families share one decoder: pre-norm, grouped-query attention with rotary positions, SwiGLU. They differ
 in two optional parts (a bias on Q, K and V; a norm on each query and key head), so one table serves all of them.
-A further family of this shape is one line in ``FAMILIES``; a further tensor is one ``Entry``.
+A further family of this shape is one line in ``FAMILIES``; a further tensor is one ``Entry``, and a class in
+``layouts`` when its rows change order.
 """
 
 import re
@@ -13,6 +14,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from megatron_rpsd.checkpoint.layouts import GatedMlp, Layout, ModelDimensions, Qkv, Replicated, Row, Vocabulary
+
+# Words in the names, and keys in the configurations, of mixture-of-experts models.
+_EXPERT_MODELS = ("moe", "mixtral", "deepseek", "gptoss", "gpt_oss", "dbrx", "jamba", "grok", "llama4", "arctic")
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,9 @@ FAMILIES = (
 )
 
 
+Shapes = tuple[tuple[int, ...], ...]
+
+
 @dataclass(frozen=True)
 class Entry:
     """One line of the table. ``{i}`` in the patterns stands for the layer index."""
@@ -57,6 +65,8 @@ class Entry:
     megatron_name_pattern: str
     hf_name_patterns: tuple[str, ...]
     layout: Layout
+    hf_shapes: Callable[[ModelDimensions], Shapes]
+    """Shape of each Hugging Face tensor of the line."""
     condition: Callable[[ModelDimensions], bool] = lambda dims: True
     """Whether a model of these dimensions has the tensor."""
 
@@ -68,44 +78,81 @@ def _qkv_names(kind: str) -> tuple[str, ...]:
     return tuple(f"{_HF_LAYER}self_attn.{letter}_proj.{kind}" for letter in "qkv")
 
 
+def _hidden(dims: ModelDimensions) -> Shapes:
+    return ((dims.hidden_size,),)
+
+
+def _head(dims: ModelDimensions) -> Shapes:
+    return ((dims.head_dim,),)
+
+
+def _vocabulary(dims: ModelDimensions) -> Shapes:
+    return ((dims.vocab_size, dims.hidden_size),)
+
+
+def _qkv_rows(dims: ModelDimensions) -> tuple[int, int, int]:
+    keys = dims.num_query_groups * dims.head_dim
+    return dims.num_attention_heads * dims.head_dim, keys, keys
+
+
 EMBEDDING = "model.embed_tokens.weight"
 TIED_OUTPUT = "lm_head.weight"
 
-BEFORE_LAYERS = (Entry("embedding.word_embeddings.weight", (EMBEDDING,), Vocabulary()),)
+BEFORE_LAYERS = (Entry("embedding.word_embeddings.weight", (EMBEDDING,), Vocabulary(), _vocabulary),)
 
 LAYER_TABLE = (
-    Entry(_LAYER + "input_layernorm.weight", (_HF_LAYER + "input_layernorm.weight",), Replicated()),
-    Entry(_LAYER + "self_attention.linear_qkv.weight", _qkv_names("weight"), Qkv()),
-    Entry(_LAYER + "self_attention.linear_qkv.bias", _qkv_names("bias"), Qkv(), lambda dims: dims.qkv_bias),
+    Entry(_LAYER + "input_layernorm.weight", (_HF_LAYER + "input_layernorm.weight",), Replicated(), _hidden),
+    Entry(
+        _LAYER + "self_attention.linear_qkv.weight",
+        _qkv_names("weight"),
+        Qkv(),
+        lambda dims: tuple((rows, dims.hidden_size) for rows in _qkv_rows(dims)),
+    ),
+    Entry(
+        _LAYER + "self_attention.linear_qkv.bias",
+        _qkv_names("bias"),
+        Qkv(),
+        lambda dims: tuple((rows,) for rows in _qkv_rows(dims)),
+        lambda dims: dims.qkv_bias,
+    ),
     Entry(
         _LAYER + "self_attention.q_layernorm.weight",
         (_HF_LAYER + "self_attn.q_norm.weight",),
         Replicated(),
+        _head,
         lambda dims: dims.qk_norm,
     ),
     Entry(
         _LAYER + "self_attention.k_layernorm.weight",
         (_HF_LAYER + "self_attn.k_norm.weight",),
         Replicated(),
+        _head,
         lambda dims: dims.qk_norm,
     ),
     Entry(
         _LAYER + "self_attention.linear_proj.weight",
         (_HF_LAYER + "self_attn.o_proj.weight",),
         Row("num_attention_heads"),
+        lambda dims: ((dims.hidden_size, dims.num_attention_heads * dims.head_dim),),
     ),
-    Entry(_LAYER + "pre_mlp_layernorm.weight", (_HF_LAYER + "post_attention_layernorm.weight",), Replicated()),
+    Entry(_LAYER + "pre_mlp_layernorm.weight", (_HF_LAYER + "post_attention_layernorm.weight",), Replicated(), _hidden),
     Entry(
         _LAYER + "mlp.linear_fc1.weight",
         (_HF_LAYER + "mlp.gate_proj.weight", _HF_LAYER + "mlp.up_proj.weight"),
         GatedMlp(),
+        lambda dims: ((dims.ffn_hidden_size, dims.hidden_size),) * 2,
     ),
-    Entry(_LAYER + "mlp.linear_fc2.weight", (_HF_LAYER + "mlp.down_proj.weight",), Row("ffn_hidden_size")),
+    Entry(
+        _LAYER + "mlp.linear_fc2.weight",
+        (_HF_LAYER + "mlp.down_proj.weight",),
+        Row("ffn_hidden_size"),
+        lambda dims: ((dims.hidden_size, dims.ffn_hidden_size),),
+    ),
 )
 
 AFTER_LAYERS = (
-    Entry("decoder.final_layernorm.weight", ("model.norm.weight",), Replicated()),
-    Entry("output_layer.weight", (TIED_OUTPUT,), Vocabulary(), lambda dims: not dims.tied),
+    Entry("decoder.final_layernorm.weight", ("model.norm.weight",), Replicated(), _hidden),
+    Entry("output_layer.weight", (TIED_OUTPUT,), Vocabulary(), _vocabulary, lambda dims: not dims.tied),
 )
 
 # Transformer Engine fuses a norm into the linear layer after it and names the norm's weight there.
@@ -124,6 +171,7 @@ class MappedTensor(NamedTuple):
     megatron_name: str
     hf_names: tuple[str, ...]
     layout: Layout
+    hf_shapes: Shapes
 
 
 def family_of(config: dict) -> Family:
@@ -138,8 +186,7 @@ def family_of(config: dict) -> Family:
     supported = ", ".join(family.architecture for family in FAMILIES)
     label = f"config.json: architectures={[architecture]}, model_type={model_type!r}"
     named = f"{architecture} {model_type}".lower()
-    experts = next((key for key in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(key)), None)
-    if "moe" in named or "mixtral" in named or experts:
+    if any(word in named for word in _EXPERT_MODELS) or any(config.get(key) for key in _EXPERT_KEYS):
         raise ValueError(f"{label}: mixture-of-experts models do not convert; supported: {supported}")
     key = (architecture, "architecture") if architecture else (model_type, "model_type")
     family = next((family for family in FAMILIES if getattr(family, key[1]) == key[0]), None)
@@ -162,7 +209,8 @@ def _instances(table: Iterable[Entry], dims: ModelDimensions, index: int | None 
     for entry in table:
         if entry.condition(dims):
             hf_names = tuple(pattern.replace("{i}", str(index)) for pattern in entry.hf_name_patterns)
-            yield MappedTensor(entry.megatron_name_pattern.replace("{i}", str(index)), hf_names, entry.layout)
+            name = entry.megatron_name_pattern.replace("{i}", str(index))
+            yield MappedTensor(name, hf_names, entry.layout, entry.hf_shapes(dims))
 
 
 def unmapped(hf_names: Iterable[str], dims: ModelDimensions) -> list[str]:

@@ -7,9 +7,8 @@ filled in as the model's own configuration class in transformers would; what thi
 import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import BinaryIO
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_rpsd.checkpoint.families import (
@@ -22,6 +21,7 @@ from megatron_rpsd.checkpoint.families import (
     family_of,
 )
 from megatron_rpsd.checkpoint.layouts import ModelDimensions, bitwise_equal
+from megatron_rpsd.checkpoint.safetensors_file import StoredTensor, read_header, read_tensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -54,21 +54,28 @@ class HFFolder:
                 "export the model in bfloat16 or float32 first"
             )
         self.family = family_of(self.config)
-        self._open_files: dict[str, Any] = {}
-        self._file_of_tensor = self._read_file_of_tensor()
+        self._open_files: dict[str, BinaryIO] = {}
+        self._stored: dict[str, tuple[str, StoredTensor]] = self._read_headers()
 
     def names(self) -> list[str]:
         """The names of all tensors in the folder, sorted."""
-        return sorted(self._file_of_tensor)
+        return sorted(self._stored)
+
+    def stored(self, name: str) -> StoredTensor:
+        """A tensor's dtype, shape and place in its file."""
+        if name not in self._stored:
+            raise ValueError(f"{self.path} holds no tensor {name}")
+        return self._stored[name][1]
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, on the CPU, in the dtype it is stored in."""
-        if name not in self._file_of_tensor:
-            raise ValueError(f"{self.path} holds no tensor {name}")
-        file_name = self._file_of_tensor[name]
+        """One tensor, on the CPU, in the dtype it is stored in and in memory of its own."""
+        stored = self.stored(name)
+        file_name = self._stored[name][0]
+        if file_name not in self._open_files:
+            self._open_files[file_name] = (self.path / file_name).open("rb", buffering=0)
         try:
-            return self._open(file_name).get_tensor(name)
-        except SafetensorError as error:
+            return read_tensor(self._open_files[file_name].fileno(), stored)
+        except (OSError, ValueError) as error:
             raise ValueError(f"{self.path / file_name}: cannot read tensor {name}: {error}") from error
 
     def full_tensors(self) -> Iterator[tuple[MappedTensor, Tensor]]:
@@ -91,13 +98,21 @@ class HFFolder:
             yield mapped, full
 
     def check(self) -> None:
-        """Raise ValueError unless the folder's tensors are exactly the model's (see :meth:`full_tensors`)."""
+        """Raise ValueError unless the folder's tensors are exactly the model's, by name and shape (no tensor is read,
+        but for a tied model's second copy of its embedding)."""
         dims = self.dimensions()
         try:
             check_names(self.names(), dims)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
-        if dims.tied and TIED_OUTPUT in self._file_of_tensor:
+        for mapped in entries(dims):
+            for name, shape in zip(mapped.hf_names, mapped.hf_shapes, strict=True):
+                if self.stored(name).shape != shape:
+                    raise ValueError(
+                        f"{self.path}: {name} has shape {list(self.stored(name).shape)}; by config.json it should be "
+                        f"{list(shape)}"
+                    )
+        if dims.tied and TIED_OUTPUT in self._stored:
             if not bitwise_equal(self.tensor(TIED_OUTPUT), self.tensor(EMBEDDING)):
                 raise ValueError(
                     f"{self.path}: tie_word_embeddings is true, yet {TIED_OUTPUT} differs from {EMBEDDING}; "
@@ -112,18 +127,42 @@ class HFFolder:
         """(rotary_base, scaling in Hugging Face's schema or None, max_position_embeddings); see ``rope_of``."""
         return rope_of(self.config)
 
-    def _open(self, file_name: str):
-        if file_name not in self._open_files:
-            try:
-                self._open_files[file_name] = safe_open(self.path / file_name, framework="pt", device="cpu")
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"{self.path / file_name} is not a readable safetensors file: {error}") from error
-        return self._open_files[file_name]
+    def check_tokenizer(self) -> bool:
+        """Raise ValueError when tokenizer.json has more tokens than the model has rows; False without such a file."""
+        path = self.path / "tokenizer.json"
+        if not path.is_file():
+            return False
+        tokenizer = _read_json_object(path)
+        vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
+        identifiers = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        added = (token["id"] for token in tokenizer.get("added_tokens") or [])
+        tokens = 1 + max([*identifiers, *added], default=-1)
+        size = self.dimensions().vocab_size
+        if tokens > size:
+            raise ValueError(
+                f"{path} has {tokens} tokens, config.json a vocab_size of {size}: {tokens - size} tokens would have no "
+                "embedding; use the model's own tokenizer"
+            )
+        return True
 
-    def _read_file_of_tensor(self) -> dict[str, str]:
+    def _read_headers(self) -> dict[str, tuple[str, StoredTensor]]:
+        """File and place of every tensor."""
         # transformers looks for the single file first, so a stale index beside it is not what the model loads from.
         if (self.path / SINGLE_FILE).is_file():
-            return dict.fromkeys(self._open(SINGLE_FILE).keys(), SINGLE_FILE)
+            return {name: (SINGLE_FILE, stored) for name, stored in read_header(self.path / SINGLE_FILE).items()}
+        weight_map = self._read_index()
+        headers = {file_name: read_header(self.path / file_name) for file_name in sorted(set(weight_map.values()))}
+        for name, file_name in weight_map.items():
+            if name not in headers[file_name]:
+                raise ValueError(f"{self.path / INDEX_FILE}: {file_name} does not hold {name}, as the index says")
+        for file_name, header in headers.items():
+            unknown = sorted(name for name in header if weight_map.get(name) != file_name)
+            if unknown:
+                raise ValueError(f"{self.path / file_name}: holds {unknown[0]}, where the index does not name it")
+        return {name: (file_name, headers[file_name][name]) for name, file_name in weight_map.items()}
+
+    def _read_index(self) -> dict[str, str]:
+        """The index's weight_map, every file of it in the folder."""
         index_path = self.path / INDEX_FILE
         if not index_path.is_file():
             pickles = sorted(file.name for file in self.path.glob("*.bin"))
@@ -138,7 +177,7 @@ class HFFolder:
             if parts.is_absolute() or ".." in parts.parts or "\\" in file_name or parts.suffix != ".safetensors":
                 raise ValueError(f"{index_path}: {file_name!r} is not the name of a safetensors file inside the folder")
             if not (self.path / file_name).is_file():
-                raise ValueError(f"{index_path}: names {file_name}, which is not in the folder")
+                raise ValueError(f"{index_path}: names {file_name}, which is not in the folder; fetch it again")
         return weight_map
 
 

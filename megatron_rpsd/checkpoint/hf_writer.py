@@ -1,20 +1,26 @@
 """Writing a Hugging Face model folder: sharded safetensors, config.json, and the tokenizer of a reference model.
 
-The folder is built beside its final place and renamed at the end, so that a folder of the wanted name is always whole.
+Names, shapes and places of all tensors are known before the first is read, so each goes straight to its place, from
+whichever rank holds it. A folder of the wanted name is always whole (see ``partial_folder``).
 """
 
+import contextlib
 import copy
 import json
+import math
+import os
 import shutil
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_rpsd.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, SUPPORTED_SCALINGS
+from megatron_rpsd.checkpoint.partial_folder import partial_folder, rank, refuse_existing, world_size
+from megatron_rpsd.checkpoint.progress import Progress
+from megatron_rpsd.checkpoint.safetensors_file import TensorSpec, plan_file, write_all, write_tensor
 
 # Tokenizer, generation defaults, chat template; and the licence, which most models require to travel with derived
 # weights. Nothing executable: Python files that a reference folder may carry stay behind.
@@ -38,46 +44,48 @@ _COPIED = (
 )
 
 
+class Source(NamedTuple):
+    """Tensors that are read together: what they are, and a function that reads them."""
+
+    specs: Sequence[TensorSpec]
+    read: Callable[[], Sequence[Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.specs)
+
+
 def write_hf_folder(
-    output: str | Path,
-    tensors: Iterator[tuple[str, Tensor]],
-    config: dict,
-    reference: str | Path,
-    max_shard_bytes: float = 5e9,
+    output: str | Path, sources: Sequence[Source], config: dict, reference: str | Path, max_shard_bytes: float = 5e9
 ) -> None:
-    """Write a complete model folder.
+    """Write a complete model folder, on all ranks of the job together.
 
     Args:
         output: the folder to make; its parent is made when absent.
-        tensors: (Hugging Face name, tensor), consumed as a stream with at most one shard and one tensor in memory. The
-            caller may overwrite a tensor once the next one is asked for.
+        sources: the same on every rank; each is read by one of them, one at a time.
         config: the content of config.json.
         reference: the folder that tokenizer, generation config, chat template and licence are copied from.
         max_shard_bytes: largest sum of tensor sizes in one file, in bytes; a larger tensor has a file to itself.
 
     Raises:
-        ValueError: ``output`` exists, or ``reference`` is not a folder.
-        Whatever ``tensors`` raises; nothing is left behind then. A killed process leaves only a folder whose name
-        starts with a dot and contains ``.partial-``.
+        ValueError: ``output`` exists, ``reference`` is not a folder, or the device is full.
+        Whatever a source raises; nothing is left behind then.
     """
     output, reference = Path(output), Path(reference)
-    if output.exists() or output.is_symlink():
-        raise ValueError(f"{output} exists already; name a new folder, or remove that one first")
+    refuse_existing(output)
     if not reference.is_dir():
         raise ValueError(f"{reference} is not a folder; it should be the Hugging Face model that training started from")
-    if max_shard_bytes <= 0:
-        raise ValueError(f"max_shard_bytes={max_shard_bytes} must be positive")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.parent / f".{output.name}.partial-{uuid.uuid4().hex[:12]}"
-    partial.mkdir()
-    try:
-        _write_tensors(partial, tensors, max_shard_bytes)
-        _write_json(partial / "config.json", config)
-        _copy_companions(reference, partial)
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    if not max_shard_bytes > 0:
+        raise ValueError(f"--max-shard-gigabytes {max_shard_bytes / 1e9:g} must be positive")
+    files = _plan_files([spec for source in sources for spec in source.specs], max_shard_bytes)
+    mine = _share(sources, rank(), world_size())
+    with partial_folder(output) as partial:
+        _write_tensors(partial, files, mine)
+        if rank() == 0:
+            _write_json(partial / "config.json", config)
+            if len(files) > 1:
+                _write_json(partial / INDEX_FILE, _index(files))
+            _copy_companions(reference, partial)
 
 
 def exported_config(
@@ -116,44 +124,77 @@ def exported_config(
     return config
 
 
-def _write_tensors(folder: Path, tensors: Iterator[tuple[str, Tensor]], max_shard_bytes: float) -> None:
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    pending_bytes = total_bytes = 0
-    seen: set[str] = set()
+def with_yarn(scaling: dict | None, max_position_embeddings: int, factor: float) -> tuple[dict, int]:
+    """Scaling and declared length of a model that shall extrapolate beyond its window by YaRN (arXiv 2309.00071).
 
-    def flush() -> None:
-        save_file(pending, folder / f"{len(shards)}.part", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, tensor in tensors:
-        assert name not in seen, f"tensor {name} comes twice"
-        seen.add(name)
-        size = tensor.numel() * tensor.element_size()
-        if pending and pending_bytes + size > max_shard_bytes:
-            flush()
-            pending_bytes = 0
-        # A copy: a view would keep its whole storage alive, and the caller may reuse the tensor.
-        pending[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
-        pending_bytes += size
-        total_bytes += size
-    assert pending, "a model without tensors"
-    flush()
-    _name_shards(folder, shards, total_bytes)
+    Args:
+        scaling: what the model was trained with; has to be None, since two scalings do not add up.
+        max_position_embeddings: the window that the model was trained at, in positions.
+        factor: the declared length over that window, > 1.
+    """
+    if scaling is not None:
+        raise ValueError(
+            f"--yarn-factor {factor:g}: the model was trained with rope_type {scaling['rope_type']!r} already; "
+            "YaRN goes on top of an unscaled RoPE only"
+        )
+    if not math.isfinite(factor) or factor <= 1:
+        raise ValueError(f"--yarn-factor {factor:g} must be a finite number greater than 1")
+    yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": max_position_embeddings}
+    return yarn, int(max_position_embeddings * factor)
 
 
-def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> None:
-    """Give the files their final names, which hold the number of files; with several, write the index too."""
+def _plan_files(specs: Sequence[TensorSpec], max_shard_bytes: float) -> dict[str, list[TensorSpec]]:
+    """File name -> its tensors, in order."""
+    assert specs, "a model without tensors"
+    shards: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        if shards[-1] and size + spec.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += spec.nbytes
     if len(shards) == 1:
-        (folder / "0.part").rename(folder / SINGLE_FILE)
-        return
-    weight_map = {}
-    for index, names in enumerate(shards):
-        file_name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"{index}.part").rename(folder / file_name)
-        weight_map.update(dict.fromkeys(names, file_name))
-    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+        return {SINGLE_FILE: shards[0]}
+    return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": shard for n, shard in enumerate(shards, 1)}
+
+
+def _index(files: dict[str, list[TensorSpec]]) -> dict:
+    weight_map = {spec.name: file_name for file_name, specs in files.items() for spec in specs}
+    total = sum(spec.nbytes for specs in files.values() for spec in specs)
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+def _share(sources: Sequence[Source], rank: int, world_size: int) -> list[Source]:
+    """What this rank writes: the largest first, each to the rank with the fewest bytes so far."""
+    loads = [0] * world_size
+    mine = []
+    for index in sorted(range(len(sources)), key=lambda index: (-sources[index].nbytes, index)):
+        taker = loads.index(min(loads))
+        loads[taker] += sources[index].nbytes
+        if taker == rank:
+            mine.append(index)
+    return [sources[index] for index in sorted(mine)]
+
+
+def _write_tensors(folder: Path, files: dict[str, list[TensorSpec]], sources: Sequence[Source]) -> None:
+    plans = {file_name: plan_file(specs) for file_name, specs in files.items()}
+    file_of = {spec.name: file_name for file_name, specs in files.items() for spec in specs}
+    progress = Progress("export", sum(source.nbytes for source in sources))
+    with contextlib.ExitStack() as stack:
+        # Any rank may come first. Readable by others, as the umask says; safetensors' own writer leaves 0600.
+        descriptors = {name: os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666) for name in files}
+        for descriptor in descriptors.values():
+            stack.callback(os.close, descriptor)
+        if rank() == 0:
+            for name, (header, _) in plans.items():
+                write_all(descriptors[name], header, 0)
+        for source in sources:
+            for spec, tensor in zip(source.specs, source.read(), strict=True):
+                name = file_of[spec.name]
+                write_tensor(descriptors[name], plans[name][1][spec.name], tensor)
+            progress.add(source.nbytes)
+        progress.close()
 
 
 def _copy_companions(reference: Path, folder: Path) -> None:

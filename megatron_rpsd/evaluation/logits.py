@@ -33,14 +33,17 @@ def compare_logits(ours: np.ndarray, theirs: np.ndarray) -> LogitsComparison:
     )
 
 
-def megatron_logits(checkpoint: str | Path, hf_reference: str | Path, tokens: np.ndarray) -> np.ndarray:
-    """Logits of the newest checkpoint of a run under the standard view, on the CPU.
+def megatron_logits(
+    checkpoint: str | Path, hf_reference: str | Path, tokens: np.ndarray, iteration: int | None = None
+) -> np.ndarray:
+    """Logits of a run's checkpoint under the standard view, on the CPU.
 
     Installs the CPU runtime, so it belongs into a process of its own.
 
     Args:
         hf_reference: the folder that the model was imported from.
         tokens: int [s].
+        iteration: default: the newest.
 
     Returns:
         float32 [s, v], v without padding.
@@ -62,7 +65,7 @@ def megatron_logits(checkpoint: str | Path, hf_reference: str | Path, tokens: np
     from megatron_rpsd.training.session import end_session
 
     reference = HFFolder(hf_reference)
-    loaded = load_megatron(checkpoint, reference)
+    loaded = load_megatron(checkpoint, reference, iteration=iteration)
     try:
         ids = torch.as_tensor(np.asarray(tokens), dtype=torch.int64)[None]
         sample = {"tokens": ids, "labels": ids, "loss_mask": torch.ones(ids.shape)}

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -7,7 +8,8 @@ from safetensors import safe_open
 
 from megatron_rpsd.checkpoint.families import hf_tensors
 from megatron_rpsd.checkpoint.hf_folder import HFFolder
-from megatron_rpsd.checkpoint.hf_writer import exported_config, write_hf_folder
+from megatron_rpsd.checkpoint.hf_writer import Source, exported_config, with_yarn, write_hf_folder
+from megatron_rpsd.checkpoint.safetensors_file import TensorSpec
 
 KINDS = ["llama", "llama-tied", "llama-wide-heads", "qwen2", "qwen3", "mistral"]
 # Six heads go over 2 and 3 ranks, but the KV groups must divide by the ranks or the other way round. With one group of
@@ -30,6 +32,18 @@ def through_shards(folder: HFFolder, tp_size: int):
         yield mapped.megatron_name, mapped.layout.merge(locals, dims)
 
 
+def sources(tensors) -> list[Source]:
+    """One source per (name, tensor)."""
+    return [
+        Source([TensorSpec(name, tensor.dtype, tuple(tensor.shape))], lambda tensor=tensor: [tensor])
+        for name, tensor in tensors
+    ]
+
+
+def folder_sources(folder: HFFolder) -> list[Source]:
+    return sources((name, folder.tensor(name)) for name in folder.names())
+
+
 def logits(model) -> torch.Tensor:
     with torch.no_grad():
         return model(torch.arange(40).reshape(2, 20) * 7 % 97).logits
@@ -49,7 +63,7 @@ def test_round_trip_gives_the_same_model(save_model, tmp_path, kind, tp_size):
         assert tensor.dtype == torch.float32 and torch.equal(tensor, model.state_dict()[name]), name
     base, scaling, length = folder.rope()
     config = exported_config(folder.config, base, scaling, length, torch.float32)
-    write_hf_folder(tmp_path / "out", iter(exported.items()), config, path)
+    write_hf_folder(tmp_path / "out", sources(exported.items()), config, path)
     reloaded = load(tmp_path / "out")
     assert type(reloaded) is type(model)
     assert torch.equal(logits(reloaded), logits(model))
@@ -67,7 +81,7 @@ def test_many_shards_and_bfloat16(save_model, tmp_path):
     folder = HFFolder(path)
     config = exported_config(folder.config, 10000.0, None, 64, torch.bfloat16)
     tensors = hf_tensors(through_shards(folder, 2), folder.dimensions())
-    write_hf_folder(tmp_path / "deep" / "out", tensors, config, path, max_shard_bytes=3000)
+    write_hf_folder(tmp_path / "deep" / "out", sources(tensors), config, path, max_shard_bytes=3000)
     out = tmp_path / "deep" / "out"
     files = sorted(file.name for file in out.glob("*.safetensors"))
     assert len(files) > 5 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
@@ -94,41 +108,55 @@ def test_companions_are_copied_and_code_is_not(save_model, tmp_path):
     for name in [*copied, "modeling_custom.py", "pytorch_model.bin", "README.md"]:
         (path / name).write_text(f"content of {name}")
     folder = HFFolder(path)
-    write_hf_folder(tmp_path / "out", ((name, folder.tensor(name)) for name in folder.names()), folder.config, path)
+    write_hf_folder(tmp_path / "out", folder_sources(folder), folder.config, path)
     written = {str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*") if file.is_file()}
     assert written == {"config.json", "model.safetensors", "generation_config.json", *copied}
     for name in copied:
         assert (tmp_path / "out" / name).read_text() == f"content of {name}"
 
 
-def test_stream_may_reuse_its_buffer_and_pass_views(save_model, tmp_path):
+def test_a_source_is_read_once_and_after_the_one_before_it_was_written(save_model, tmp_path):
     path, _ = save_model("llama")
+    calls = []
+    buffer = torch.zeros(4, 6)
 
-    def reused():
-        buffer = torch.zeros(4, 6)
-        for index in range(3):
-            yield f"whole.{index}", buffer.fill_(index)
-            yield f"view.{index}", buffer.t()[::2]
+    def read(index: int) -> list[torch.Tensor]:
+        calls.append(index)
+        return [buffer.fill_(index), buffer.t()[::2]]  # the same memory again, and a view of it
 
-    write_hf_folder(tmp_path / "out", reused(), {}, path)
+    specs = [
+        [TensorSpec(f"whole.{index}", torch.float32, (4, 6)), TensorSpec(f"view.{index}", torch.float32, (3, 4))]
+        for index in range(3)
+    ]
+    write_hf_folder(tmp_path / "out", [Source(spec, lambda n=n: read(n)) for n, spec in enumerate(specs)], {}, path)
+    assert calls == [0, 1, 2]
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as opened:
         for index in range(3):
             assert torch.equal(opened.get_tensor(f"whole.{index}"), torch.full((4, 6), float(index)))
             assert torch.equal(opened.get_tensor(f"view.{index}"), torch.full((3, 4), float(index)))
 
 
+def test_files_follow_the_umask(save_model, tmp_path):
+    path, _ = save_model("llama")
+    before = os.umask(0o027)
+    try:
+        write_hf_folder(tmp_path / "out", folder_sources(HFFolder(path)), {}, path)
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o640}
+
+
 def test_interrupted_write_leaves_nothing(save_model, tmp_path):
     path, _ = save_model("llama")
     before = set(tmp_path.iterdir())
 
-    def broken():
-        yield "first", torch.ones(100)
-        yield "second", torch.ones(100)
+    def broken() -> list[torch.Tensor]:
         assert not (tmp_path / "out").exists()
         raise KeyboardInterrupt
 
+    first, second = sources([("first", torch.ones(100)), ("second", torch.ones(100))])
     with pytest.raises(KeyboardInterrupt):
-        write_hf_folder(tmp_path / "out", broken(), {}, path, max_shard_bytes=400)
+        write_hf_folder(tmp_path / "out", [first, second._replace(read=broken)], {}, path, max_shard_bytes=400)
     assert set(tmp_path.iterdir()) == before
 
 
@@ -136,10 +164,39 @@ def test_existing_output_and_missing_reference_are_refused(save_model, tmp_path)
     path, _ = save_model("llama")
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="out exists already"):
-        write_hf_folder(tmp_path / "out", iter([("a", torch.ones(1))]), {}, path)
+        write_hf_folder(tmp_path / "out", sources([("a", torch.ones(1))]), {}, path)
     assert list((tmp_path / "out").iterdir()) == []
     with pytest.raises(ValueError, match="nowhere is not a folder"):
-        write_hf_folder(tmp_path / "new", iter([("a", torch.ones(1))]), {}, tmp_path / "nowhere")
+        write_hf_folder(tmp_path / "new", sources([("a", torch.ones(1))]), {}, tmp_path / "nowhere")
+
+
+def test_yarn_reads_as_transformers_means_it(save_model, tmp_path):
+    path, _ = save_model("llama")
+    scaling, length = with_yarn(None, 64, 4.0)
+    config = exported_config(HFFolder(path).config, 5e5, scaling, length, torch.float32)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert loaded.max_position_embeddings == 256
+    assert loaded.rope_parameters == {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 5e5
+    }  # fmt: skip
+    rope = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(loaded)
+    plain = 5e5 ** (-torch.arange(0, 4, 2) / 4)
+    assert torch.equal(rope.inv_freq[:1], plain[:1])  # the fastest pair turns as before
+    assert rope.inv_freq[-1] < plain[-1]  # the slowest is slowed down
+
+
+@pytest.mark.parametrize(
+    ("scaling", "factor", "words"),
+    [
+        ({"rope_type": "llama3", "factor": 8.0}, 4.0, "--yarn-factor 4: the model was trained with rope_type 'llama3'"),
+        (None, 1.0, "--yarn-factor 1 must be"),
+        (None, float("nan"), "--yarn-factor nan must be"),
+    ],
+)
+def test_yarn_on_top_of_a_scaling_or_without_a_factor_is_refused(scaling, factor, words):
+    with pytest.raises(ValueError, match=words):
+        with_yarn(scaling, 64, factor)
 
 
 SCALINGS = {
@@ -187,7 +244,7 @@ def test_old_schema_reference_and_stale_keys(save_model, edit_config, tmp_path):
     base, scaling, _ = folder.rope()
     config = exported_config(folder.config, base, scaling, 512, torch.float32)
     assert "auto_map" not in config
-    write_hf_folder(tmp_path / "out", ((name, folder.tensor(name)) for name in folder.names()), config, path)
+    write_hf_folder(tmp_path / "out", folder_sources(folder), config, path)
     before, after = load(path), load(tmp_path / "out")
     assert torch.equal(after.model.rotary_emb.inv_freq, before.model.rotary_emb.inv_freq)
     assert torch.equal(logits(after), logits(before))
