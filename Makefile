@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -e -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv demo lab test bench lint clean
+.PHONY: help venv demo lab test bench soak lint clean
 
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -36,6 +36,9 @@ test: venv ## run the whole suite
 
 bench: venv ## every benchmark beside its peers; writes runs/bench/results.json
 	$(VENV_PYTHON) tools/run_benchmarks.py --output runs/bench
+
+soak: venv ## the long reliability counts; writes runs/soak/results.json
+	$(VENV_PYTHON) tools/run_soak.py --output runs/soak
 
 lint: venv ## ruff: rules and format
 	$(VENV_PYTHON) -m ruff check .

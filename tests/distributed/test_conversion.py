@@ -211,5 +211,7 @@ def test_a_killed_conversion_looks_unfinished_and_a_rerun_completes(ranks, model
 
 
 @pytest.mark.slow
-def test_twenty_kills(ranks, model, tmp_path):
+def test_twenty_kills(ranks, model, tmp_path, record_property):
+    record_property("tried", 2 * 20)  # imports and exports
     check_kills(20, ranks, model, tmp_path)
+    record_property("held", 2 * 20)
