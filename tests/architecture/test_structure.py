@@ -22,6 +22,7 @@ ORDER = (
     "runtime",
     "model",
     "data",
+    "ruler",
     "training",
     "checkpoint",
     "evaluation",

@@ -1,0 +1,160 @@
+"""The JSONL of every task, byte for byte: RULER's published hashes, and a second implementation for the others."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+from megatron_rpsd.ruler import fitting
+from megatron_rpsd.ruler.counting import TokenCounter
+from megatron_rpsd.ruler.generate import generate
+from megatron_rpsd.ruler.sources import Sources
+from megatron_rpsd.ruler.tasks import RULER_TASKS, find_task
+from megatron_rpsd.ruler.words import word_pairs
+
+_spec = importlib.util.spec_from_file_location("plain", Path(__file__).with_name("plain.py"))
+plain = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(plain)
+
+# 10 samples at 4096 tokens, seed 42, by RULER's own generator.
+PUBLIC = {
+    "niah_single_1": "fc530e3667b3b4eae2abad29b82fac1b513f8a35349f933b026b1328e9ef1cac",
+    "niah_multikey_2": "833b32eb1a5baf2e1fbcd09035e55c65f6aca8361611f417f03c08d9040961dd",
+    "niah_multikey_3": "afc6b4d7ce8a3d9ac51e9c31f6bf379d15d99af8d68e74ff5420c2df0351720c",
+    "vt": "b0ffaabde127ac8fe3c11dc723cf672fa3879c3ec0aa3d5f711311f1ddb6f63b",
+    "cwe": "5da5ea93d390c7d95399a6b4f33190af3718f1db43c681a7f2e77ee1f0f31b71",
+    "fwe": "348506d21ba9256a34bfbb60d605338b84247f2c1591964d4263f768eac0dad1",
+}
+ESSAY = {
+    "niah_single_2": ("numbers", 1, 1, 1),
+    "niah_single_3": ("uuids", 1, 1, 1),
+    "niah_multikey_1": ("numbers", 4, 1, 1),
+    "niah_multivalue": ("numbers", 1, 4, 1),
+    "niah_multiquery": ("numbers", 4, 1, 4),
+}
+
+
+def jsonl(name: str, counter, sources, length: int = 4096, number: int = 10, batch: int = 16) -> str:
+    made = generate(find_task(name), length, number, 42, counter, sources, batch)
+    return "".join(json.dumps(fields) + "\n" for fields, _ in made)
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def prose(stream: random.Random, words: int) -> str:
+    """Sentences that do not all end where a full stop stands."""
+    stock = "the old harbour lay quiet until Dr. Marsh came by at 5 p.m. with e.g. two letters (and a map)".split()
+    text = " ".join(stream.choice(stock) + ("." if stream.random() < 0.1 else "") for _ in range(words))
+    return text.replace(". t", ". T").replace(". o", "! O")
+
+
+@pytest.fixture(scope="module")
+def made_up() -> SimpleNamespace:
+    """Texts in the files' layouts: an essay of 1,500 words, 40 paragraphs, 12 questions with 10 documents each."""
+    stream = random.Random(7)
+    articles = []
+    for article in range(8):
+        paragraphs = []
+        for number in range(5):
+            context = f"{article}{number} {{braces}} " + prose(stream, 50)
+            qas = [
+                {"question": f"Who {article}.{number}?", "answers": [{"text": "Dr. Marsh"}, {"text": "Marsh é"}]},
+                {"question": "Who not?", "answers": []},
+            ]
+            for entry in qas:
+                entry["is_impossible"] = not entry["answers"]
+            paragraphs.append({"context": context, "qas": qas})
+        articles.append({"paragraphs": paragraphs})
+    hotpot = []
+    for item in range(12):
+        context = [[f"Title {item} {n}", [prose(stream, 12) + " ", prose(stream, 9)]] for n in range(10)]
+        facts = [[f"Title {item} 3", 0], [f"Title {item} 7", 1]]
+        hotpot.append({"question": f"Which {item}?", "answer": "a map", "context": context, "supporting_facts": facts})
+    return SimpleNamespace(essay_words=prose(stream, 1500).split(" "), squad={"data": articles}, hotpotqa=hotpot)
+
+
+def expected(name: str, counter, sources, length: int, number: int) -> str:
+    if name in ESSAY:
+        kind, k, v, q = ESSAY[name]
+        pool = word_pairs()
+        return plain.niah_essay(sources.essay_words, pool, kind, k, v, q, counter.count, length, number)
+    if name == "qa_1":
+        items, docs = plain.squad_items(sources.squad), plain.squad_documents(sources.squad)
+    else:
+        items, docs = plain.hotpot_items(sources.hotpotqa), plain.hotpot_documents(sources.hotpotqa)
+    return plain.qa(items, docs, counter.count, length, number)
+
+
+def test_every_task_has_a_reference() -> None:
+    assert set(PUBLIC) | set(ESSAY) | {"qa_1", "qa_2"} == set(RULER_TASKS)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_hash(name: str, ws) -> None:
+    assert sha256(jsonl(name, ws, Sources(None))) == PUBLIC[name]
+
+
+@pytest.mark.parametrize("name, length", [*((name, 4096) for name in (*ESSAY, "qa_1", "qa_2")), ("qa_1", 1400)])
+def test_equals_the_plain_implementation_on_made_up_texts(name: str, length: int, ws, made_up) -> None:
+    assert jsonl(name, ws, made_up, length, 5) == expected(name, ws, made_up, length, 5)
+
+
+@pytest.mark.parametrize("name", [*ESSAY, "qa_1", "qa_2"])
+def test_equals_the_plain_implementation_on_rulers_texts(name: str, ws, data_dir) -> None:
+    sources = Sources(data_dir)
+    assert jsonl(name, ws, sources, 4096, 3) == expected(name, ws, sources, 4096, 3)
+
+
+@pytest.mark.parametrize("name", RULER_TASKS)
+def test_drawing_ahead_changes_nothing(name: str, pieces, made_up, monkeypatch) -> None:
+    length = {"niah_single_1": 5300, "niah_multikey_3": 4400, "vt": 4400, "qa_1": 4200}.get(name, 5000)
+    one_by_one = jsonl(name, pieces, made_up, length, 11, batch=1)
+    shrunk = []
+    real = fitting._shrink
+    monkeypatch.setattr(fitting, "_shrink", lambda *given: shrunk.append(1) or real(*given))
+    assert jsonl(name, pieces, made_up, length, 11, batch=4) == one_by_one
+    assert shrunk, "no sample was refused: going back was not tested"
+
+
+def test_a_length_that_fits_nothing_is_one_line(ws, made_up) -> None:
+    for name, length in (("qa_1", 300), ("niah_single_1", 150), ("vt", 300), ("cwe", 300), ("fwe", 100)):
+        with pytest.raises(ValueError, match=f"--length {length} cannot hold a sample of {name}"):
+            jsonl(name, ws, made_up, length, 1)
+
+
+def test_a_tokenizer_too_fine_for_vts_example(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="this --tokenizer cannot make vt's solved example of 500 tokens"):
+        jsonl("vt", TokenCounter(tmp_path), Sources(None), 4096, 1)
+
+
+def test_more_samples_than_questions(ws, made_up) -> None:
+    with pytest.raises(ValueError, match="qa_2 has 12 questions"):
+        jsonl("qa_2", ws, made_up, 4096, 13)
+
+
+def test_rulers_names_need_rulers_texts(ws) -> None:
+    for name in (*ESSAY, "qa_1", "qa_2"):
+        with pytest.raises(ValueError, match="--data-dir is not given"):
+            jsonl(name, ws, Sources(None), 4096, 1)
+
+
+@pytest.mark.parametrize("documents, slot", [(31, 29), (101, 72), (770, 602)])
+def test_golds_slot_depends_on_the_number_of_documents_alone(documents: int, slot: int) -> None:
+    """The slots that RULER's qa_1 has at 4K, 16K and 128K with cl100k."""
+    from megatron_rpsd.ruler.prompts import Draws
+
+    order = list(range(documents))
+    Draws(42).private_shuffle(order)
+    assert order.index(0) + 1 == slot
