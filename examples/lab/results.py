@@ -15,7 +15,7 @@ from examples.lab import scores
 from examples.lab.arms import ARMS
 from examples.lab.records import right_answers
 from examples.lab.settings import Settings
-from examples.quickstart.settings import write_json
+from megatron_rpsd.report.files import replace_file, write_json
 
 LIMITS = (
     "Deviation over depths means something only where no arm is on the floor: at 512 tokens.",
@@ -101,16 +101,10 @@ def write_results(output: Path, settings: Settings, records: Records, lengths: S
     results = make_results(settings, records, lengths)
     figures = draw_figures(results)
     for name, png in figures.items():
-        _replace(output / f"{name}.png", png)
-    _replace(output / "report.html", build_page(results, figures).encode())
+        replace_file(output / f"{name}.png", png)
+    replace_file(output / "report.html", build_page(results, figures).encode())
     write_json(output / "results.json", results)
     return results
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def mean_of_runs(arm: Mapping, name: str) -> float:

@@ -38,11 +38,12 @@ from examples.quickstart.console import (
 )
 from examples.quickstart.report import NAMES, build_page, summary_lines
 from examples.quickstart.results import Probed, missing_effect, summarise
-from examples.quickstart.settings import ARMS, Paths, Settings, prepare_output, remove, write_json
+from examples.quickstart.settings import ARMS, Paths, Settings, prepare_output, remove
 from examples.quickstart.text import held_out_windows, save_windows, split_sources, write_training_text
 from megatron_rpsd.evaluation.logits import compare_logits, megatron_logits, transformers_logits
 from megatron_rpsd.evaluation.windows import probe_windows
 from megatron_rpsd.positions import skip_view
+from megatron_rpsd.report.files import replace_file, write_json
 from megatron_rpsd.report.metrics import Series, read_scalars
 from megatron_rpsd.training.errors import fail, one_line_errors, quiet_parser
 
@@ -231,9 +232,7 @@ class Quickstart:
             earlier = json.loads(self.paths.timings.read_text()) if self.paths.timings.exists() else {}
             results, curves = self.results({**earlier, **self.stages.seconds})
             write_json(self.paths.output / "results.json", results)
-            partial = self.paths.output / ".report.html.partial"
-            partial.write_text(build_page(results, curves), encoding="utf-8")
-            partial.replace(self.paths.output / "report.html")
+            replace_file(self.paths.output / "report.html", build_page(results, curves).encode())
         return results
 
     def results(self, seconds: dict[str, float]) -> tuple[dict, dict[str, dict[str, Series]]]:

@@ -9,6 +9,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_rpsd.report.files import write_json
+
 ARMS = ("rpsd", "standard")
 
 
@@ -106,14 +108,6 @@ class Paths:
         names = ("data", "checkpoints", "models", "tensorboard", "probes", "logs", "check.json", "timings.json",
                  "results.json", "report.html")  # fmt: skip
         return [self.output / name for name in names]
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write aside, then rename: a reader never finds half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(path)
 
 
 def remove(path: Path) -> None:

@@ -56,7 +56,7 @@ def hf_session_arguments(folder: HFFolder, dtype: torch.dtype | None = None) -> 
 
 
 @dataclass(frozen=True)
-class ParallelLayout:
+class ImportLayout:
     """How the ranks of an import divide the model, and with it the files of the checkpoint; any other layout loads it.
 
     first_stage_layers, last_stage_layers: None, or the layers of an uneven first or last pipeline stage.
@@ -96,7 +96,7 @@ def import_hf(
     hf: str | Path,
     output: str | Path,
     device: str = "cpu",
-    layout: ParallelLayout | None = None,
+    layout: ImportLayout | None = None,
     dtype: torch.dtype | None = None,
 ) -> int:
     """Write a Hugging Face model as a torch_dist checkpoint that `--load` and `--pretrained-checkpoint` take.
@@ -119,7 +119,7 @@ def import_hf(
     folder.check()
     tokenizer_checked = folder.check_tokenizer()
     dtype = dtype or model_dtype(folder)
-    arguments = [*hf_session_arguments(folder, dtype), *(layout or ParallelLayout()).arguments()]
+    arguments = [*hf_session_arguments(folder, dtype), *(layout or ImportLayout()).arguments()]
     if dtype == torch.float16:
         arguments += ["--loss-implementation", "unfused"]  # the fused loss refuses fp16; no loss is computed here
     arguments += ["--device", device, "--seq-length", str(folder.rope()[2])]

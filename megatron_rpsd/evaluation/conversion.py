@@ -23,7 +23,7 @@ def _dtype(args: argparse.Namespace) -> torch.dtype | None:
 
 def run_import(args: argparse.Namespace) -> tuple[str, int]:
     """Run `import`; returns the line to print and the exit code."""
-    layout = convert.ParallelLayout(
+    layout = convert.ImportLayout(
         args.tensor_model_parallel_size,
         args.pipeline_model_parallel_size,
         args.decoder_first_pipeline_num_layers,

@@ -25,13 +25,10 @@ tail.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rpsd.parallel import VocabularyShard, group_size
-
-# A shard of padding only contributes e^(this - m) = 0; -inf would turn 0 x inf into nan.
-_LOWEST = -1e30
+from megatron_rpsd.loss.readings import LOWEST, gather_statistics
+from megatron_rpsd.parallel import VocabularyShard
 
 
 def _statistics_type(logits: Tensor) -> torch.dtype:
@@ -41,20 +38,9 @@ def _statistics_type(logits: Tensor) -> torch.dtype:
 def _max_and_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Largest logit per token [...] and e^(z - max) [..., columns]."""
     if logits.shape[-1] == 0:
-        return logits.new_full(logits.shape[:-1], _LOWEST), logits
+        return logits.new_full(logits.shape[:-1], LOWEST), logits
     largest = logits.amax(dim=-1)
     return largest, (logits - largest.unsqueeze(-1)).exp()
-
-
-def _gather_statistics(statistics: Tensor, shard: VocabularyShard) -> Tensor:
-    """All ranks' statistics [ranks, k, ...] from this rank's [k, ...]: the only collective of a loss."""
-    ranks = group_size(shard.group)
-    if ranks == 1:
-        return statistics.unsqueeze(0)
-    gathered = statistics.new_empty((ranks * statistics.shape[0], *statistics.shape[1:]))
-    if statistics.numel():  # every rank of the group holds the same tokens, so all skip an empty exchange together
-        dist.all_gather_into_tensor(gathered, statistics.contiguous(), group=shard.group)
-    return gathered.view(ranks, *statistics.shape)
 
 
 def _log_sum_exp(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,7 +71,7 @@ class _CrossEntropy(torch.autograd.Function):
         column = torch.where(local, labels - shard.vocab_start, 0).unsqueeze(-1)
         at_label = real.gather(-1, column).squeeze(-1) if shard.columns else largest
         at_label = torch.where(local, at_label, 0)
-        gathered = _gather_statistics(torch.stack([largest, exponentials.sum(dim=-1), at_label]), shard)
+        gathered = gather_statistics(torch.stack([largest, exponentials.sum(dim=-1), at_label]), shard)
         largest, log_sum, _ = _log_sum_exp(gathered[:, 0], gathered[:, 1])
         ctx.shard = shard
         ctx.save_for_backward(logits, largest, log_sum, column, local)
@@ -130,7 +116,7 @@ class _ReverseKL(torch.autograd.Function):
         t_max, t_exp = _max_and_exp(t)
         cross = (z_exp * _difference(z, t, z_max, t_max)).sum(dim=-1)
         local = torch.stack([z_max, z_exp.sum(dim=-1), cross, t_max, t_exp.sum(dim=-1)])
-        gathered = _gather_statistics(local, shard)
+        gathered = gather_statistics(local, shard)
         z_largest, z_log_sum, weights = _log_sum_exp(gathered[:, 0], gathered[:, 1])
         t_largest, t_log_sum, _ = _log_sum_exp(gathered[:, 3], gathered[:, 4])
         # From differences to a rank's own maxima to differences to the group's.

@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megatron_rpsd.planning.loss_costs import _Memory
+from megatron_rpsd.planning.peak_memory import PeakMemory
 
 WAYS = ("copy", "import", "export")
 
@@ -85,8 +85,7 @@ def measure_conversion(
             }
             for way, run in runs.items():
                 os.sync()  # what an earlier way left to the system is not this one's
-                memory = _Memory("cpu")
-                memory.start()
+                memory = PeakMemory("cpu")
                 started = time.perf_counter()
                 run()
                 taken = time.perf_counter() - started

@@ -7,14 +7,11 @@ the bare matrix products that none of them avoids: logits, d hidden and d weight
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,6 +19,7 @@ from torch import Tensor
 
 from megatron_rpsd.evaluation.launch import run_on_local_ranks
 from megatron_rpsd.loss import DEFAULT_CHUNK_BYTES
+from megatron_rpsd.planning.peak_memory import PeakMemory
 
 OURS = "fused"
 
@@ -41,36 +39,6 @@ class LossSizes:
     device: str = "cpu"
     peers: tuple[str, ...] | None = None
     bare_products: bool = True
-
-
-def _resident(field: str) -> int:
-    """VmRSS or VmHWM of this process in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-class _Memory:
-    """Bytes that a function takes at its peak."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
-
-    def start(self) -> None:
-        gc.collect()
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        else:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark (proc(5))
-            self.before = _resident("VmRSS")
-
-    def taken(self) -> int:
-        peak = torch.cuda.max_memory_allocated() if self.cuda else _resident("VmHWM")
-        return peak - self.before
 
 
 class _Inputs:
@@ -156,17 +124,17 @@ def _rank(sizes: LossSizes) -> dict:
     dist.init_process_group("nccl" if sizes.device == "cuda" else "gloo")
     parallel_state.initialize_model_parallel(sizes.tensor_model_parallel_size)
     group = parallel_state.get_tensor_model_parallel_group()
-    inputs, memory = _Inputs(sizes, group), _Memory(sizes.device)
+    inputs = _Inputs(sizes, group)
     runs, missing = _implementations(sizes, inputs, group)
     rows = {name: {"seconds": [], "peak_bytes": 0} for name in runs}
     gradients = {}
     for repetition in range(1 + sizes.repetitions):  # the first one allocates and compiles
         for name, run in runs.items():
             dist.barrier()
-            memory.start()
+            memory = PeakMemory(sizes.device)
             started = time.perf_counter()
             values = run()
-            torch.cuda.synchronize() if sizes.device == "cuda" else None
+            torch.cuda.synchronize()
             seconds, taken = time.perf_counter() - started, memory.taken()
             returned = inputs.take_gradients()
             row = rows[name]

@@ -6,10 +6,15 @@ import json
 from pathlib import Path
 
 
-def write_json(path: str | Path, value: object) -> None:
-    """`value` as JSON at `path`, written aside and renamed; folders above it are made."""
+def replace_file(path: str | Path, content: bytes) -> None:
+    """`content` at `path`, written aside and renamed; folders above it are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.rename(path)
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """`value` as JSON, as `replace_file` writes."""
+    replace_file(path, (json.dumps(value, indent=2) + "\n").encode())

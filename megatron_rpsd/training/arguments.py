@@ -183,10 +183,9 @@ def _check_parallel_degrees(args: argparse.Namespace) -> None:
                 f"--tensor-model-parallel-size {tp} does not divide {name} {count}: {count} / {tp} = {count / tp:.2f} "
                 "heads a rank; choose a divisor of both"
             )
-    sequence_parallel = tp if args.sequence_parallel else 1
-    unit = 2 * cp * sequence_parallel if cp > 1 else sequence_parallel
+    unit = suffix_unit(args)
     if args.seq_length % unit:
-        factors = f"2 x CP{' x TP' if sequence_parallel > 1 else ''}" if cp > 1 else "TP (sequence parallelism)"
+        factors = f"2 x CP{' x TP' if unit > 2 * cp else ''}" if cp > 1 else "TP (sequence parallelism)"
         raise ValueError(
             f"--seq-length {args.seq_length} does not divide by {factors} = {unit}; "
             f"the nearest lengths are {args.seq_length // unit * unit} and {-(-args.seq_length // unit) * unit}"

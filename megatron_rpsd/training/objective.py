@@ -71,7 +71,7 @@ class Objective:
         output_weight: Tensor,
         batch: ViewBatch,
         readings: Callable[[Tensor], tuple[Tensor, Tensor]],
-        tp_group: dist.ProcessGroup,
+        shard: VocabularyShard,
         logit_scale: float,
     ) -> Tensor:
         """Local sums of a micro-batch, fp32 [4]: the objective (differentiable), and for the log CLM, the second
@@ -82,7 +82,6 @@ class Objective:
             output_weight: [v/tp, h].
             readings: hidden states -> standard [L/cp x b, h] and perturbed [m x b, h]; see `fused_linear_loss`.
         """
-        shard = VocabularyShard.of_rank(self.vocab_size, output_weight.shape[0], tp_group)
         labels, mask = batch.labels.T.flatten(), batch.loss_mask.T.flatten()
         repeated = batch.repeated()
         view_mask = batch.suffix_mask.T[repeated]  # [m, b]
@@ -120,43 +119,17 @@ class Objective:
             fused_linear_loss, divergence=self.options.divergence, chunk_bytes=self.options.chunk_bytes
         )
 
-    def output_processor(
-        self,
-        *,
-        hidden_states,
-        output_layer,
-        output_weight,
-        context: ViewBatch,
-        scale_logits,
-        config,
-        pg_collection,
-        **_,
-    ) -> Tensor:
+    def output_processor(self, *, hidden_states: Tensor, context: ViewBatch, **given) -> Tensor:
         """GPTModel's `output_processor` hook on the last pipeline stage: hidden states in, `sums` out."""
-        readings = _readings_of(context, config, pg_collection)
-        weight = output_layer.weight if output_weight is None else output_weight
-        logit_scale = float(scale_logits(torch.ones(())))
-        return self.sums(hidden_states, weight, context, readings, pg_collection.tp, logit_scale)
+        layer = _OutputLayer.of_hook(self.vocab_size, context, **given)
+        return self.sums(hidden_states, layer.weight, context, layer.readings, layer.shard, layer.logit_scale)
 
-    def token_losses(
-        self,
-        *,
-        hidden_states,
-        output_layer,
-        output_weight,
-        context: ViewBatch,
-        scale_logits,
-        config,
-        pg_collection,
-        **_,
-    ) -> Tensor:
+    def token_losses(self, *, hidden_states: Tensor, context: ViewBatch, **given) -> Tensor:
         """The same hook for a single view's losses, token by token, [L/cp, b] in fp32."""
-        weight = output_layer.weight if output_weight is None else output_weight
-        shard = VocabularyShard.of_rank(self.vocab_size, weight.shape[0], pg_collection.tp)
+        layer = _OutputLayer.of_hook(self.vocab_size, context, **given)
         loss = self._compute()(
-            hidden_states, weight, context.labels.T.flatten(), context.loss_mask.T.flatten(), shard,
-            split_readings=_readings_of(context, config, pg_collection),
-            logit_scale=float(scale_logits(torch.ones(()))),
+            hidden_states, layer.weight, context.labels.T.flatten(), context.loss_mask.T.flatten(), layer.shard,
+            split_readings=layer.readings, logit_scale=layer.logit_scale,
         )  # fmt: skip
         return loss.clm.view(-1, len(context.labels))
 
@@ -179,14 +152,30 @@ class Objective:
         return sums[0].clone(), tokens.to(torch.int), logged  # the pipeline schedule refuses a view of `sums`
 
 
-def _readings_of(batch: ViewBatch, config, pg_collection) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    return functools.partial(
-        _readings,
-        layout=batch.layout,
-        tp_group=pg_collection.tp,
-        cp_group=pg_collection.cp,
-        sequence_parallel=config.sequence_parallel,
-    )
+@dataclass(frozen=True)
+class _OutputLayer:
+    """What turns the last layer's hidden states into a loss: this rank's rows, and how both readings are got."""
+
+    weight: Tensor
+    shard: VocabularyShard
+    readings: Callable[[Tensor], tuple[Tensor, Tensor]]
+    logit_scale: float
+
+    @classmethod
+    def of_hook(
+        cls, vocab_size: int, batch: ViewBatch, *, output_layer, output_weight, scale_logits, config, pg_collection, **_
+    ) -> _OutputLayer:
+        """Out of what GPTModel hands to its hook; `output_weight` is the tied embedding's, or None."""
+        weight = output_layer.weight if output_weight is None else output_weight
+        readings = functools.partial(
+            _readings,
+            layout=batch.layout,
+            tp_group=pg_collection.tp,
+            cp_group=pg_collection.cp,
+            sequence_parallel=config.sequence_parallel,
+        )
+        shard = VocabularyShard.of_rank(vocab_size, weight.shape[0], pg_collection.tp)
+        return cls(weight, shard, readings, float(scale_logits(torch.ones(()))))
 
 
 def _readings(

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from megatron_rpsd.checkpoint.convert import ParallelLayout, different_tensors, export_hf, import_hf
+from megatron_rpsd.checkpoint.convert import ImportLayout, different_tensors, export_hf, import_hf
 from megatron_rpsd.evaluation.logits import megatron_logits, transformers_logits
 from tests.distributed import conversion_job
 from tests.distributed.pool import _context
@@ -37,12 +37,12 @@ CONFIGS = {
     "mistral": lambda: MistralConfig(tie_word_embeddings=False, sliding_window=None, head_dim=8, **SIZES),
 }
 CASES = [  # family, layout of the import, flags of another layout that Megatron loads it at
-    ("llama3-tied", ParallelLayout(2, 2), ["--pipeline-model-parallel-size", "2"]),
-    ("llama3-tied", ParallelLayout(1, 2, first_stage_layers=3), ["--tensor-model-parallel-size", "2"]),
-    ("llama2", ParallelLayout(2, 1), ["--pipeline-model-parallel-size", "2"]),
-    ("qwen2", ParallelLayout(2, 1), []),
-    ("qwen3", ParallelLayout(1, 2), ["--tensor-model-parallel-size", "2"]),
-    ("mistral", ParallelLayout(2, 2, last_stage_layers=1), ["--tensor-model-parallel-size", "2"]),
+    ("llama3-tied", ImportLayout(2, 2), ["--pipeline-model-parallel-size", "2"]),
+    ("llama3-tied", ImportLayout(1, 2, first_stage_layers=3), ["--tensor-model-parallel-size", "2"]),
+    ("llama2", ImportLayout(2, 1), ["--pipeline-model-parallel-size", "2"]),
+    ("qwen2", ImportLayout(2, 1), []),
+    ("qwen3", ImportLayout(1, 2), ["--tensor-model-parallel-size", "2"]),
+    ("mistral", ImportLayout(2, 2, last_stage_layers=1), ["--tensor-model-parallel-size", "2"]),
 ]
 
 
@@ -114,7 +114,7 @@ def test_an_exported_folder_is_laid_out_as_its_readers_expect(ranks, model, tmp_
 
 def test_logits_past_the_original_window_equal_transformers(ranks, model, tmp_path):
     hf = model("llama3-tied")
-    ranks.run(2, import_hf, hf, tmp_path / "checkpoint", "cpu", ParallelLayout(2))
+    ranks.run(2, import_hf, hf, tmp_path / "checkpoint", "cpu", ImportLayout(2))
     ranks.run(1, export_hf, tmp_path / "checkpoint", hf, tmp_path / "hf")
     tokens = np.random.default_rng(0).integers(0, 97, 60)  # the window before scaling is 16
     ours = ranks.run(1, megatron_logits, tmp_path / "checkpoint", hf, tokens)[0]
@@ -126,7 +126,7 @@ def test_logits_past_the_original_window_equal_transformers(ranks, model, tmp_pa
 
 def test_a_cast_rounds_once_and_comes_back_as_it_is(ranks, model, tmp_path):
     hf = model("qwen3")
-    ranks.run(2, import_hf, hf, tmp_path / "checkpoint", "cpu", ParallelLayout(2), torch.bfloat16)
+    ranks.run(2, import_hf, hf, tmp_path / "checkpoint", "cpu", ImportLayout(2), torch.bfloat16)
     ranks.run(1, export_hf, tmp_path / "checkpoint", hf, tmp_path / "hf")
     exported = stored(tmp_path / "hf")
     for name, tensor in stored(hf).items():
@@ -154,7 +154,7 @@ def test_a_checkpoint_in_the_middle_of_a_run_is_exported_by_its_number(ranks, mo
 
 def test_smollm2_comes_back_from_three_ranks(ranks, smollm2, tmp_path):
     """49,152 tokens and 9 query heads over 3 ranks; imported at TP 3, exported by one process."""
-    ranks.run(3, import_hf, smollm2, tmp_path / "checkpoint", "cpu", ParallelLayout(3))
+    ranks.run(3, import_hf, smollm2, tmp_path / "checkpoint", "cpu", ImportLayout(3))
     ranks.run(1, export_hf, tmp_path / "checkpoint", smollm2, tmp_path / "hf")
     assert_equal_folders(smollm2, tmp_path / "hf")
     for name in ("tokenizer.json", "generation_config.json"):
