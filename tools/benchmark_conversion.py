@@ -17,7 +17,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf", type=Path, required=True, help="Hugging Face folder.")
     parser.add_argument("--fetch-smollm2", action="store_true", help="Fetch SmolLM2-135M into --hf where it is absent.")
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--force-cpu-runtime", action="store_true", help="Run beside a GPU, too.")
     parser.add_argument("--output", type=Path, required=True, help="JSON file; scratch files are written beside it.")
     args = quiet_parser(parser).parse_args()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import gc
 import io
 import json
 import math
@@ -92,6 +93,17 @@ class ImportLayout:
         return [word for flag, value in given.items() if value is not None for word in (flag, str(value))]
 
 
+@contextlib.contextmanager
+def _old_objects_aside() -> Iterator[None]:
+    """Garbage collections that pass over what was there before: with Megatron imported, a full one takes 0.3 s."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@_old_objects_aside()
 def import_hf(
     hf: str | Path,
     output: str | Path,
@@ -210,6 +222,7 @@ def _arguments_of(checkpoint: str | Path, reference: HFFolder, iteration: int | 
     return saved
 
 
+@_old_objects_aside()
 def export_hf(
     checkpoint: str | Path,
     hf_reference: str | Path,

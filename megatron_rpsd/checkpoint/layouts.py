@@ -62,13 +62,13 @@ class Layout(ABC):
     """The four conversions of one kind of tensor. Instances carry no tensors and may be shared."""
 
     def to_megatron(self, hf_tensors: list[Tensor], dims: ModelDimensions) -> Tensor:
-        """The Hugging Face tensors, in the table's order -> the full tensor."""
+        """The Hugging Face tensors, in the table's order -> the full tensor, contiguous; it may be the one given."""
         (tensor,) = hf_tensors
-        return tensor.clone(memory_format=torch.contiguous_format)
+        return tensor.contiguous()
 
     def to_hf(self, full: Tensor, dims: ModelDimensions) -> list[Tensor]:
-        """The inverse of :meth:`to_megatron`."""
-        return [full.clone(memory_format=torch.contiguous_format)]
+        """The inverse of :meth:`to_megatron`: contiguous, and parts of the memory given where they can be."""
+        return [full.contiguous()]
 
     @abstractmethod
     def split(
@@ -149,7 +149,7 @@ class Vocabulary(Layout):
     def to_megatron(self, hf_tensors: list[Tensor], dims: ModelDimensions) -> Tensor:
         (tensor,) = hf_tensors
         _expect_rows(tensor, dims.vocab_size, f"vocab_size={dims.vocab_size}")
-        return tensor.clone(memory_format=torch.contiguous_format)
+        return tensor.contiguous()
 
     def split(
         self, full: Tensor, tp_size: int, tp_rank: int, dims: ModelDimensions, padded_vocab_size: int | None = None
@@ -205,7 +205,7 @@ class Qkv(Column):
         _expect_rows(full, g * dims.rows_per_group, f"num_query_groups * rows per group = {g} * {dims.rows_per_group}")
         grouped = full.reshape(g, dims.rows_per_group, *full.shape[1:])
         parts = grouped.split([dims.rows_per_group - 2 * d, d, d], dim=1)
-        return [part.flatten(0, 1).clone(memory_format=torch.contiguous_format) for part in parts]
+        return [part.flatten(0, 1).contiguous() for part in parts]
 
     def _check(self, tp_size: int, dims: ModelDimensions) -> None:
         super()._check(tp_size, dims)
@@ -231,7 +231,7 @@ class GatedMlp(Layout):
     def to_hf(self, full: Tensor, dims: ModelDimensions) -> list[Tensor]:
         """Stacked -> [gate_proj, up_proj]."""
         _expect_rows(full, 2 * dims.ffn_hidden_size, f"2 * ffn_hidden_size = 2 * {dims.ffn_hidden_size}")
-        return [half.clone() for half in full.chunk(2, dim=0)]
+        return [half.contiguous() for half in full.chunk(2, dim=0)]
 
     def split(
         self, full: Tensor, tp_size: int, tp_rank: int, dims: ModelDimensions, padded_vocab_size: int | None = None

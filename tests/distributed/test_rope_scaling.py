@@ -84,3 +84,28 @@ def test_the_export_carries_the_rope_that_was_trained(case, adapted, ranks, scal
 def test_what_is_typed_reaches_the_training(adapted):
     """The first step's loss, before any update, is that of four models."""
     assert len({adapted(case)[2] for case in CASES}) == len(CASES)
+
+
+def test_an_export_with_yarn_reads_alike_everywhere_beyond_its_window(ranks, tmp_path):
+    """Another framework's YaRN on the same weights; and our own import of the export, past the old window."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    original = tiny_model(tmp_path / "original", "llama")
+    window = json.loads((original / "config.json").read_text())["max_position_embeddings"]
+    ranks.run(1, import_hf, original, tmp_path / "checkpoint")
+    ranks.run(1, functools.partial(export_hf, yarn_factor=3.0), tmp_path / "checkpoint", original, tmp_path / "yarn")
+    ranks.run(1, import_hf, tmp_path / "yarn", tmp_path / "again")
+
+    config = AutoConfig.from_pretrained(original)
+    config.rope_parameters |= {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": window}
+    config.max_position_embeddings = 3 * window
+    tokens = np.arange(window + window // 2) * 7 % VOCABULARY
+    oracle = AutoModelForCausalLM.from_pretrained(original, config=config, dtype=torch.float32)
+    with torch.no_grad():
+        meant = oracle(torch.as_tensor(tokens)[None]).logits[0].numpy()
+
+    assert json.loads((tmp_path / "yarn" / "config.json").read_text())["max_position_embeddings"] == 3 * window
+    assert np.abs(transformers_logits(tmp_path / "yarn", tokens) - meant).max() < 1e-6
+    assert np.abs(ranks.run(1, megatron_logits, tmp_path / "again", tmp_path / "yarn", tokens)[0] - meant).max() < 1e-4
+    assert np.abs(transformers_logits(original, tokens) - meant).max() > 1e-2  # without YaRN it is another model

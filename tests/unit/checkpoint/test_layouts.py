@@ -114,7 +114,7 @@ CASES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tp_size", [1, 2, 3, 6])
 @pytest.mark.parametrize(("layout", "shapes"), CASES, ids=lambda value: type(value).__name__)
-def test_round_trip_is_bitwise_and_aliases_nothing(layout, shapes, tp_size, dtype):
+def test_round_trip_is_bitwise_and_contiguous(layout, shapes, tp_size, dtype):
     generator = torch.Generator().manual_seed(1)
     hf = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     hf[0].view(-1)[:3] = torch.tensor([float("nan"), -0.0, float("-inf")], dtype=dtype)
@@ -126,8 +126,6 @@ def test_round_trip_is_bitwise_and_aliases_nothing(layout, shapes, tp_size, dtyp
     for restored, original in zip(back, hf, strict=True):
         assert bitwise_equal(restored, original)
     stages = [hf, [full], locals, [merged], back]
-    storages = [tensor.untyped_storage().data_ptr() for stage in stages for tensor in stage]
-    assert len(set(storages)) == len(storages)
     assert all(tensor.is_contiguous() for stage in stages for tensor in stage)
 
 
