@@ -78,12 +78,13 @@ def section(heading: str, *blocks: object) -> Markup:
     return Markup(f"<section><h2>{text(heading)}</h2>\n" + "\n".join(text(block) for block in blocks) + "</section>")
 
 
-def page(title: str, *blocks: object) -> str:
-    """The whole document."""
+def page(title: str, *blocks: object, width: str = "62rem") -> str:
+    """The whole document, its column at most `width` wide (CSS)."""
     body = "\n".join(text(block) for block in blocks)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{text(title)}</h1>\n{body}\n"
+        f"<title>{text(title)}</title>\n<style>{_STYLE}body {{ max-width: {width}; }}\n</style>\n</head>\n"
+        f"<body>\n<h1>{text(title)}</h1>\n{body}\n"
         "</body>\n</html>\n"
     )
