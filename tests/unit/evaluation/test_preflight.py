@@ -21,6 +21,7 @@ from megatron_rpsd.evaluation.engines.reference import Oracle
 from megatron_rpsd.evaluation.preflight import (
     Cell,
     Rate,
+    check_alike,
     check_disk,
     check_tokens,
     check_window,
@@ -82,6 +83,17 @@ def test_prompts_that_would_be_cut(tmp_path: Path) -> None:
     path = write_prepared(tmp_path, "vt", [Made(["a"], [1])], length=1127)
     with pytest.raises(ValueError, match="vt/1127/0 has 1000 [+] 128 tokens, more than 1127: it would be cut"):
         measure(path, None, None)
+
+
+def test_files_of_one_run_are_alike(tokens: PromptTokens) -> None:
+    one, other = cell(tokens), cell(tokens, 64, path=Path("q"))
+    check_alike([one, other])
+    for key, value in (("edition", "2024-12"), ("seed", 7), ("tokenizer_sha256", "x"), ("model_template", "chat")):
+        with pytest.raises(ValueError, match=f"p has {key} .*, q has {value}: evaluate them apart"):
+            check_alike([one, replace(other, manifest=other.manifest | {key: value})])
+    check_alike([one, replace(other, manifest=other.manifest | {"model_template": "base"})])
+    with pytest.raises(ValueError, match="p and q are of the same task and length"):
+        check_alike([one, replace(other, name=one.name)])
 
 
 def test_disk(tmp_path: Path, monkeypatch) -> None:

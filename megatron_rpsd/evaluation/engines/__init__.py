@@ -1,0 +1,1 @@
+"""What answers a prompt: a model here, a server elsewhere, answers from a file, or three rulers to check with."""

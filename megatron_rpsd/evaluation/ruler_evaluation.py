@@ -1,0 +1,241 @@
+"""What `tools/evaluate.py` runs: prompts, checks, cost, answers, scores."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from megatron_rpsd.evaluation.cost_table import check_limit, cost_table
+from megatron_rpsd.evaluation.engines.base import Engine
+from megatron_rpsd.evaluation.engines.choose import check_backend, make_engine
+from megatron_rpsd.evaluation.engines.model_facts import ModelFacts, model_identity, read_model, yarn_factor
+from megatron_rpsd.evaluation.engines.names import COMPUTING, LOCAL_MODEL
+from megatron_rpsd.evaluation.engines.prompt_tokens import PromptTokens
+from megatron_rpsd.evaluation.prediction_files import count_lines
+from megatron_rpsd.evaluation.preflight import (
+    PROMPT_BYTES,
+    Cell,
+    bos_count,
+    check_alike,
+    check_disk,
+    check_tokens,
+    check_window,
+    costs,
+    measure,
+    warm_up,
+)
+from megatron_rpsd.evaluation.ruler_run import ask, check_run, only_run, total_seconds, write_run
+from megatron_rpsd.evaluation.samples import load_manifest, load_prepared
+from megatron_rpsd.evaluation.scores import score_run
+from megatron_rpsd.evaluation.scoring import read_predictions
+from megatron_rpsd.ruler.command import DEPTHS, ProgressLine
+from megatron_rpsd.ruler.prepare import prepare
+from megatron_rpsd.ruler.tasks import EDITION, GRID, RULER_TASKS, Task, find_task
+
+_LIBRARIES = ("megatron-rpsd", "torch", "transformers", "tokenizers", "vllm")
+
+
+def wanted_tasks(names: Sequence[str], edition: str = EDITION) -> list[Task]:
+    """Tasks by their names, `all` for RULER's 13; ValueError for a name that is none, or one that is there twice."""
+    expanded = [task for name in names for task in (RULER_TASKS if name == "all" else [name])]
+    twice = [name for name in expanded if expanded.count(name) > 1]
+    if twice:
+        raise ValueError(f"--tasks: {twice[0]} is there twice")
+    return [find_task(name.removesuffix(GRID), edition, name.endswith(GRID)) for name in expanded]
+
+
+def wanted_lengths(given: Sequence[str]) -> list[int]:
+    """Lengths in ascending order; ValueError unless each is a whole number of at least 1."""
+    for text in given:
+        if not text.isascii() or not text.isdigit() or int(text) < 1:
+            raise ValueError(f"--lengths {text}: give whole numbers of tokens, such as 4096 131072")
+    return sorted({int(text) for text in given})
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    check_backend(args)
+    if args.prepared and (args.tasks or args.lengths):
+        raise ValueError("--prepared names the prompts; leave --tasks and --lengths out")
+    if not args.prepared and not (args.tasks and args.lengths):
+        raise ValueError("give --tasks and --lengths, or --prepared")
+    if args.depths and not any(name.endswith(GRID) for name in args.tasks or ()):
+        raise ValueError(f"--depths belongs to tasks whose name ends in {GRID}")
+    for name in ("num_samples", "workers"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+
+
+def _make_prompts(args: argparse.Namespace, tasks: Sequence[Task], lengths: Sequence[int], folder: Path) -> list[Path]:
+    """Paths of the prompts, length by length, each in the tasks' order; those that the cache lacks are made."""
+    cache = args.cache or args.output / "prompts"
+    depths = [depth / 100 for depth in args.depths or DEPTHS]
+    grids = [task for task in tasks if task.name.endswith(GRID)]
+    others = [task for task in tasks if task not in grids]
+    prompts = args.num_samples * (len(others) + len(grids) * len(depths))
+    check_disk(cache, prompts * sum(lengths) * PROMPT_BYTES)
+    given = (args.num_samples, args.seed, folder, args.data_dir, cache)
+    more = {"edition": args.edition, "template": args.model_template, "workers": args.workers}
+    made = {}
+    for some, at in ((others, []), (grids, depths)):
+        if some:
+            progress = ProgressLine()
+            progress.expect(len(some) * len(lengths), args.num_samples * max(len(at), 1))
+            made |= prepare(some, lengths, *given, progress, depths=at, **more)
+            progress.close()
+    return [made[task.name, length] for length in lengths for task in tasks]
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the installed libraries that prompts and answers depend on."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _model(args: argparse.Namespace, facts: ModelFacts | None, factor: float | None) -> dict:
+    kind = args.backend.partition(":")[0]
+    if kind in LOCAL_MODEL:
+        return model_identity(facts, factor)
+    named = {"openai": args.model, "replay": str(args.predictions)}.get(kind, args.backend)
+    window = facts.config.max_position_embeddings if facts else None
+    return {"path": named, "max_position_embeddings": window, "rope": facts.rope if facts else None}
+
+
+def _place(path: Path, output: Path) -> str:
+    """A path as run.json keeps it: within OUTPUT relative to it, so that the folder can be moved."""
+    path, output = path.absolute(), output.absolute()
+    return str(path.relative_to(output) if path.is_relative_to(output) else path)
+
+
+def _provenance(
+    args: argparse.Namespace, cells: Sequence[Cell], engine: Engine, facts: ModelFacts | None, factor: float | None
+) -> dict:
+    first = cells[0].manifest
+    return {
+        "schema": 1,
+        **{key: first[key] for key in ("edition", "seed", "tokenizer_sha256")},
+        "model": _model(args, facts, factor),
+        "engine": engine.describe(),
+        "yarn_factor": factor,
+        "bos": bos_count(cells),
+        "model_template": first.get("model_template", "base"),
+        "teacher_forced": args.teacher_forced,
+        "versions": versions(),
+        "command": sys.argv,
+        "prepared": {
+            cell.name: {"path": _place(cell.path, args.output), "sha256": cell.manifest["sha256"]} for cell in cells
+        },
+    }
+
+
+def _tokens(args: argparse.Namespace) -> PromptTokens | None:
+    """The tokenizer that prompts are made and read with; None where nothing needs one."""
+    folder = args.tokenizer or args.hf
+    if folder is not None:
+        return PromptTokens(folder, args.bos)
+    if args.backend == "openai" or not args.prepared:
+        raise ValueError("--tokenizer DIR (or --hf DIR) is needed: prompts are measured in the model's tokens")
+    return None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What was asked for, checked as far as options alone allow."""
+
+    args: argparse.Namespace
+    tasks: list[Task]
+    lengths: list[int]
+    facts: ModelFacts | None
+    """None where --hf names no model."""
+    factor: float | None
+    tokens: PromptTokens | None
+    engine: Engine
+
+    @property
+    def computes(self) -> bool:
+        """Whether a model reads the prompts, here or on a server."""
+        return self.args.backend in COMPUTING
+
+
+def _plan(args: argparse.Namespace) -> _Plan:
+    _check_options(args)
+    lengths, tasks = wanted_lengths(args.lengths or ()), wanted_tasks(args.tasks or (), args.edition)
+    if args.prepared:
+        lengths = sorted({load_manifest(path)["length"] for path in args.prepared})
+    local = args.backend in LOCAL_MODEL
+    facts = read_model(args.hf) if local or (args.hf and (args.hf / "config.json").is_file()) else None
+    factor = yarn_factor(facts, args.yarn_factor or "", lengths[-1]) if local else None
+    tokens = _tokens(args)
+    return _Plan(args, tasks, lengths, facts, factor, tokens, make_engine(args, facts, tokens, factor, lengths[-1]))
+
+
+def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
+    """scores.json and the rows of samples.jsonl; OUTPUT then holds run.json and predictions/.
+
+    Raises:
+        ValueError: everything that a user can set wrong, before anything is computed where that is possible.
+    """
+    plan = _plan(args)
+    try:
+        checks = []
+        if args.backend in LOCAL_MODEL:
+            checks.append(check_window(plan.facts, plan.factor, plan.lengths[-1]))
+        with only_run(args.output):
+            return _run(plan, checks)
+    finally:
+        plan.engine.close()
+
+
+def _run(plan: _Plan, checks: list[str]) -> tuple[dict, list[dict]]:
+    args, engine = plan.args, plan.engine
+    tokens, facts = (plan.tokens, plan.facts) if plan.computes else (None, None)
+    paths = args.prepared or _make_prompts(args, plan.tasks, plan.lengths, plan.tokens.folder)
+    cells = [measure(path, tokens, facts) for path in paths]
+    check_alike(cells)
+    if plan.computes:
+        checks += check_tokens(cells, tokens, facts)
+        if args.teacher_forced:
+            for cell in cells:
+                tokens.answer_ids(cell.first)
+    run = check_run(args.output, _provenance(args, cells, engine, plan.facts, plan.factor))
+    if checks:
+        print("\n".join(checks))
+    done = [count_lines(args.output / "predictions", cell.name) for cell in cells]
+    rate = None
+    if sum(done) < sum(cell.samples for cell in cells):
+        engine.load()
+        if plan.computes:
+            longest = max(cells, key=lambda cell: cell.length).first
+            rate = warm_up(engine, tokens, longest, engine.warm_up_tokens)
+    rows = costs(cells, done, rate, facts, engine.parallel)
+    print(cost_table(rows), flush=True)
+    check_limit(rows, args.limit_hours)
+    write_run(args.output, run)
+    ask(engine, [cell.path for cell in cells], sum(cell.samples for cell in cells), args.output, args.teacher_forced)
+    return _score(args.output, run)
+
+
+def _score(output: Path, run: dict) -> tuple[dict, list[dict]]:
+    """Scores of every task and length that the run has whole, those of earlier commands included."""
+    folder, whole, predictions = output / "predictions", [], {}
+    for name, entry in run["prepared"].items():
+        path = output / entry["path"]
+        if not path.is_file():
+            raise ValueError(f"{output} has {name}, whose prompts {path} are gone: prepare them there again")
+        if count_lines(folder, name) < load_manifest(path)["samples"]:
+            print(f"{name} is not complete and left out; run its command again", file=sys.stderr)
+            continue
+        whole.append(path)
+        predictions |= read_predictions(folder / f"{name}.jsonl")
+    provenance = {key: value for key, value in run.items() if key not in ("schema", "prepared")}
+    provenance["seconds"] = total_seconds(output)
+    return score_run(map(load_prepared, whole), predictions, provenance)
