@@ -1,0 +1,1 @@
+"""What a model does inside, measured: where its attention goes."""
