@@ -7,8 +7,9 @@ up to their own token. In the sequence's order both are plain causal attention w
     standard chunk [a, e)   keys  S_0 .. S_{e-1}
     suffix chunk   [a, e)   keys  S_0 .. S_{t-1}  P_t .. P_{e-1}
 
-so any causal kernel serves. Keys and values are all-gathered over the context-parallel group (backward:
-reduce-scatter); queries never move. The prefix's keys receive gradients from both views.
+so any causal kernel serves; where documents are masked, `segments` cuts both at the borders as well. Keys and values
+are all-gathered over the context-parallel group (backward: reduce-scatter); queries never move. The prefix's keys
+receive gradients from both views.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rpsd.attention.kernels import causal_attention
+from megatron_rpsd.attention.segments import row_groups, take_ranges
 from megatron_rpsd.parallel import ViewLayout, all_gather_tokens
 
 
@@ -29,6 +31,7 @@ def view_attention(
     cp_group: dist.ProcessGroup | None,
     scale: float,
     kernel=causal_attention,
+    documents: tuple[tuple[int, ...], ...] | None = None,
 ) -> Tensor:
     """Causal attention of one view or of a view pair, sharded by `layout`.
 
@@ -39,6 +42,7 @@ def view_attention(
         cp_group: the context-parallel group; None for one rank.
         scale: factor on the scores.
         kernel: a function like `causal_attention`.
+        documents: borders of every row's documents (0, ..., L), across which no token sees another; None: one document.
 
     Returns:
         [(2L-t)/cp, b, n, d].
@@ -48,21 +52,16 @@ def view_attention(
     order = layout.gather_order()
     if order is not None:
         keys_and_values = keys_and_values.index_select(0, order.to(query.device))
-    key, value = keys_and_values.split([key.shape[-1], value.shape[-1]], dim=-1)
-    standard_key, suffix_key = key.split([layout.length, layout.suffix_length])
-    standard_value, suffix_value = value.split([layout.length, layout.suffix_length])
-
-    contexts, done = [], 0
-    for start, stop in layout.standard_chunks:
-        chunk = query[done : done + stop - start]
-        contexts.append(kernel(chunk, standard_key[:stop], standard_value[:stop], scale))
-        done += stop - start
-    shared = layout.suffix_start
-    for start, stop in layout.suffix_chunks:
-        chunk = query[done : done + stop - start]
-        seen_key = torch.cat([standard_key[:shared], suffix_key[: stop - shared]])
-        seen_value = torch.cat([standard_value[:shared], suffix_value[: stop - shared]])
-        contexts.append(kernel(chunk, seen_key, seen_value, scale))
-        done += stop - start
-    assert done == query.shape[0]
-    return torch.cat(contexts)
+    groups = row_groups(layout, documents)
+    every = [(rows, segment) for rows, segments in groups for segment in segments]
+    queries = take_ranges(query, [(rows, (segment.queries,)) for rows, segment in every])
+    seen = take_ranges(keys_and_values, [(rows, segment.keys) for rows, segment in every])
+    contexts = [
+        kernel(part, *pair.split([key.shape[-1], value.shape[-1]], dim=-1), scale)
+        for part, pair in zip(queries, seen, strict=True)
+    ]
+    columns, done = [], 0
+    for _, segments in groups:
+        columns.append(torch.cat(contexts[done : done + len(segments)]))
+        done += len(segments)
+    return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)

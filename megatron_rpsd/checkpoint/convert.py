@@ -33,9 +33,10 @@ from megatron_rpsd.checkpoint.layouts import bitwise_equal
 from megatron_rpsd.checkpoint.megatron_arguments import megatron_arguments
 from megatron_rpsd.checkpoint.partial_folder import partial_folder, rank, refuse_existing
 from megatron_rpsd.checkpoint.progress import Progress
-from megatron_rpsd.checkpoint.torch_dist_reader import TorchDistModel, checkpoint_folder, saved_arguments
+from megatron_rpsd.checkpoint.torch_dist_reader import TorchDistModel
 from megatron_rpsd.checkpoint.torch_dist_writer import StreamingSave, meta_stages
 from megatron_rpsd.positions import RopeConfig
+from megatron_rpsd.training.saved_checkpoint import checkpoint_folder, saved_arguments
 from megatron_rpsd.training.session import build_stages, end_session, precision_arguments, start_session
 
 
@@ -253,7 +254,7 @@ def export_hf(
     saved = _arguments_of(checkpoint, reference, iteration)
     model = TorchDistModel(checkpoint_folder(checkpoint, iteration), reference.dimensions())
     dtype = dtype or model.dtype("embedding.word_embeddings.weight")
-    base, scaling, length = _rope_of(saved, reference)
+    base, scaling, length = rope_of_run(saved, reference)
     if yarn_factor is not None:
         scaling, length = with_yarn(scaling, length, yarn_factor)
 
@@ -269,7 +270,7 @@ def export_hf(
         write_hf_folder(output, sources, config, hf_reference, max_shard_bytes)
 
 
-def _rope_of(saved: argparse.Namespace, reference: HFFolder) -> tuple[float, dict | None, int]:
+def rope_of_run(saved: argparse.Namespace, reference: HFFolder) -> tuple[float, dict | None, int]:
     """Base, scaling in Hugging Face's schema and window of a run."""
     typed = getattr(saved, "rope_parameters", None)
     rope = RopeConfig(

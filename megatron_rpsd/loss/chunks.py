@@ -51,9 +51,10 @@ class Chunk:
 def _blocks(paired: bool, temperatures: Mapping[str, float]) -> tuple[tuple[str, ...], tuple[float, ...]]:
     names = ["standard", *(("view", "perturbed") if paired else ())]
     needed = {temperatures["view"]} if paired else set()
-    if "teacher" in temperatures:
-        names += ["distill", "teacher"]
-        needed.add(temperatures["teacher"])
+    for teacher, blocks in (("teacher", ("distill", "teacher")), ("known teacher", ("distill",))):
+        if teacher in temperatures:
+            names += blocks
+            needed.add(temperatures[teacher])
     others = sorted(needed - {1.0})
     return (*names, *(f"T{temperature}" for temperature in others)), (*others, 1.0)
 
@@ -65,6 +66,7 @@ def plan_chunks(
     shard: VocabularyShard,
     dtype: torch.dtype,
     chunk_bytes: int,
+    teacher_dtype: torch.dtype | None = None,
 ) -> list[Chunk]:
     """Chunks over the tokens without and those with a second reading, each as long as the memory allows.
 
@@ -72,15 +74,18 @@ def plan_chunks(
 
     Args:
         standard, perturbed: n and m; the last m of the n standard tokens have a perturbed reading.
-        temperatures: of the divergences, by "view" and (with an external teacher) "teacher".
+        temperatures: of the divergences, by "view" and, with an external teacher, "teacher", or "known teacher" for
+            one that is known by its likeliest tokens and has no logits.
         dtype: of hidden states and weight.
         chunk_bytes: upper bound for a chunk's blocks; one token is always taken.
+        teacher_dtype: of an external teacher's hidden states and weight; default: as the student's.
     """
     width = shard.vocab_stop - shard.vocab_start
     chunks = []
     for start, stop, paired in ((0, standard - perturbed, False), (standard - perturbed, standard, True)):
         blocks, standard_temperatures = _blocks(paired, temperatures)
-        tokens = max(1, chunk_bytes // (_bytes_per_token(blocks, dtype) * width))
+        product = 0 if teacher_dtype in (None, dtype) else teacher_dtype.itemsize  # see `Workspace.logits`
+        tokens = max(1, chunk_bytes // ((_bytes_per_token(blocks, dtype) + product) * width))
         tokens = _even(stop - start, tokens)
         for first in range(start, stop, tokens):
             chunks.append(Chunk(first, min(first + tokens, stop), paired, blocks, standard_temperatures))
@@ -130,7 +135,9 @@ class Workspace:
     def logits(self, hidden: Tensor, weight: Tensor, name: str, chunk: Chunk, scale: float) -> Tensor:
         """scale x hidden [c, h] weight^T [h, columns] in the block of that name, in fp32 (fp64)."""
         block = self.block(name, chunk)
-        if self.low_precision:
+        if weight.dtype != (self.low if self.low_precision else self.memory).dtype:  # a teacher of another precision
+            block.copy_(hidden @ weight.T)
+        elif self.low_precision:
             low = self.low[: block.numel()].view_as(block)
             block.copy_(torch.mm(hidden, weight.T, out=low))
         else:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from megatron_rpsd.loss.chunks import DEFAULT_CHUNK_BYTES, Chunk, Workspace, plan_chunks
 from megatron_rpsd.loss.divergences import DensePair, Divergence
+from megatron_rpsd.loss.known_top_k import KnownTopK, KnownTopKPair
 from megatron_rpsd.loss.readings import Normaliser, Reading, gather_statistics
 from megatron_rpsd.loss.top_k import TopKPair
 from megatron_rpsd.parallel import VocabularyShard
@@ -36,7 +37,7 @@ class Teacher:
     """Another model's reading of the standard view's tokens.
 
     Attributes:
-        hidden: [n, h'], no gradient; the teacher's own hidden size.
+        hidden: [n, h'], no gradient; the teacher's own hidden size and precision.
         weight: [v/tp, h'], its output layer's rows for the same columns as the student's (more padding is allowed).
         divergence: taken of the student from it.
         weights: per token [n].
@@ -82,7 +83,7 @@ def fused_linear_loss(
     split_readings: Callable[[Tensor], tuple[Tensor, Tensor]] = whole_readings,
     view_weights: Tensor | None = None,
     divergence: Divergence = Divergence(),  # noqa: B008 - immutable
-    teacher: Teacher | None = None,
+    teacher: Teacher | KnownTopK | None = None,
     reweigh: Callable[[Tensor, slice], Tensor] | None = None,
     logit_scale: float = 1.0,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES["cpu"],
@@ -100,7 +101,7 @@ def fused_linear_loss(
             gathers is reduced again within the forward pass: only the gradient of `hidden` itself waits for backward.
         view_weights: [m], importance and KL weights of the perturbed tokens.
         divergence: the perturbed view's from the standard view.
-        teacher: an external teacher of the standard view.
+        teacher: an external teacher of the standard view, or what is known of it.
         reweigh: (CLM of standard tokens [c], which of the n they are) -> factors r [c] on their weights, a function of
             each token alone; no gradient flows through it (LongCE, arXiv 2410.23771).
         logit_scale: multiplies the logits.
@@ -126,7 +127,7 @@ class _Pass:
     split_readings: Callable[[Tensor], tuple[Tensor, Tensor]]
     view_weights: Tensor | None
     divergence: Divergence
-    teacher: Teacher | None
+    teacher: Teacher | KnownTopK | None
     reweigh: Callable[[Tensor, slice], Tensor] | None
     logit_scale: float
     chunk_bytes: int
@@ -215,11 +216,13 @@ class _ChunkedPass:
     def run(self) -> None:
         """Fill values and gradients, a chunk at a time."""
         arguments = self.arguments
-        temperatures = {"view": arguments.divergence.temperature}
-        if arguments.teacher is not None:
-            temperatures["teacher"] = arguments.teacher.divergence.temperature
+        temperatures, other = {"view": arguments.divergence.temperature}, None
+        if isinstance(arguments.teacher, KnownTopK):
+            temperatures["known teacher"] = arguments.teacher.divergence.temperature
+        elif arguments.teacher is not None:
+            temperatures["teacher"], other = arguments.teacher.divergence.temperature, arguments.teacher.weight.dtype
         counts = len(self.standard), len(self.perturbed)
-        chunks = plan_chunks(*counts, temperatures, arguments.shard, self.weight.dtype, arguments.chunk_bytes)
+        chunks = plan_chunks(*counts, temperatures, arguments.shard, self.weight.dtype, arguments.chunk_bytes, other)
         workspace = Workspace(chunks, self.weight)
         for chunk in chunks:
             self._chunk(chunk, workspace)
@@ -240,7 +243,7 @@ class _ChunkedPass:
         for name, pair in pairs.items():
             student, other = ("perturbed", "standard") if name == "view" else ("standard", "teacher")
             heat = pair.settings.temperature
-            p, q = normalisers[student, heat], normalisers[other, heat]
+            p, q = normalisers[student, heat], normalisers.get((other, heat))
             value = pair.value(gathered[name], p, q, self.arguments.shard)
             (self.view[again] if name == "view" else self.teacher[rows]).copy_(value)
         if self.gradient_wanted:
@@ -257,7 +260,10 @@ class _ChunkedPass:
             perturbed = Reading(logits)
             readings["perturbed"] = (perturbed, (arguments.divergence.temperature,))
             pairs["view"] = _pair(perturbed, standard, arguments.divergence, workspace.block("view", chunk))
-        if arguments.teacher is not None:
+        if isinstance(arguments.teacher, KnownTopK):
+            memory = workspace.block("distill", chunk)
+            pairs["teacher"] = KnownTopKPair(standard, arguments.teacher, self._rows(chunk)[0], arguments.shard, memory)
+        elif arguments.teacher is not None:
             teacher = arguments.teacher
             hidden, weight = teacher.hidden[chunk.start : chunk.stop], teacher.weight[: arguments.shard.columns]
             other = Reading(workspace.logits(hidden, weight, "teacher", chunk, teacher.logit_scale))

@@ -50,12 +50,7 @@ class TopKPair:
         From logits, not from their exponentials: those of a confident token's rest are all 0.
         """
         rest = torch.div(reading.centred, self.settings.temperature, out=self.memory)
-        rest.scatter_(-1, self.columns, -torch.inf)
-        if not rest.shape[-1]:
-            return reading.maxima.new_full(reading.maxima.shape, -torch.inf)
-        largest = rest.amax(dim=-1)
-        largest = torch.where(largest.isinf(), 0, largest)
-        return rest.sub_(largest.unsqueeze(-1)).exp_().sum(dim=-1).log() + largest
+        return log_sum(rest.scatter_(-1, self.columns, -torch.inf))
 
     def statistics(self) -> list[Tensor]:
         """What is not offered (student, teacher) [c], then teacher, student and column of each offer."""
@@ -83,13 +78,15 @@ class TopKPair:
         self.mine = (ranks.gather(-1, chosen) == p.rank) & (columns >= 0)
         self.chosen_columns = torch.where(self.mine, columns, 0).to(torch.int64)
         self.p = p
-        values, self.slopes = _values_and_slopes(self.settings.direction, log_p, log_q)
+        values, self.slopes = values_and_slopes(self.settings.direction, log_p, log_q)
         self.p_rest = log_p[:, -1].exp()
         return self.settings.temperature**2 * values
 
     def gradient(self, weights: Tensor) -> Tensor:
         """weights x d value / d student logits [c, columns], in the memory given at construction; weights [c]."""
         temperature = self.settings.temperature
+        if not self.memory.shape[-1]:
+            return self.memory
         weights = weights * temperature
         total = self.slopes.sum(dim=-1)
         rest = torch.where(self.p_rest > 0, self.slopes[:, -1] / self.p_rest, 0.0)
@@ -102,7 +99,16 @@ class TopKPair:
         return self.memory.scatter_add_(-1, self.chosen_columns, difference)
 
 
-def _values_and_slopes(direction: str, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+def log_sum(logits: Tensor) -> Tensor:
+    """log sum_v e^z [c] of `logits` [c, columns], which it overwrites; -inf where there is none that counts."""
+    if not logits.shape[-1]:
+        return logits.new_full(logits.shape[:-1], -torch.inf)
+    largest = logits.amax(dim=-1)
+    largest = torch.where(largest.isinf(), 0, largest)
+    return logits.sub_(largest.unsqueeze(-1)).exp_().sum(dim=-1).log() + largest
+
+
+def values_and_slopes(direction: str, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """Divergence [c] and u = p df/dp [c, K + 1] (up to p times a constant, which the gradient does not see)."""
     p, q = log_p.exp(), log_q.exp()
     # Outcomes that one side rules out count by their limits: 0 log 0 = 0.

@@ -1,4 +1,4 @@
-"""Cross-entropy and reverse KL over tensor-parallel vocabulary shards, with one small collective each.
+"""Cross-entropy, reverse KL and argmax over tensor-parallel vocabulary shards, with one small collective each.
 
 Who holds what: logits are sharded over the group's ranks along their last dimension; labels and per-token losses are
 replicated. Every rank reduces its own columns to a few floats per token, one all-gather brings all ranks' floats
@@ -151,3 +151,27 @@ def vocab_parallel_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, sh
     assert student_logits.shape == teacher_logits.shape
     assert student_logits.shape[-1] == shard.vocab_stop - shard.vocab_start
     return _ReverseKL.apply(student_logits, teacher_logits.detach(), shard)
+
+
+@torch.no_grad()
+def vocab_parallel_argmax(vocab_parallel_logits: Tensor, shard: VocabularyShard) -> Tensor:
+    """The likeliest token of every position, the smallest id among equals, as torch's argmax over whole logits.
+
+    Args:
+        vocab_parallel_logits: [..., v/tp], any floating type.
+        shard: the columns that this rank holds; padded ones are never chosen.
+
+    Returns:
+        int64 [...], the same on every rank of `shard.group`.
+    """
+    assert vocab_parallel_logits.shape[-1] == shard.vocab_stop - shard.vocab_start
+    real = vocab_parallel_logits[..., : shard.columns]
+    if shard.columns:
+        largest, column = real.max(dim=-1)
+    else:
+        largest, column = real.new_full(real.shape[:-1], -torch.inf), real.new_zeros(real.shape[:-1], dtype=torch.int64)
+    # fp64 holds every logit and every id exactly, so that one exchange carries both.
+    best = torch.stack([largest.double(), (column + shard.vocab_start).double()])
+    gathered = gather_statistics(best, shard)  # [ranks, 2, ...]
+    rank = gathered[:, 0].argmax(dim=0, keepdim=True)  # the first of equal ranks has the smaller ids
+    return gathered[:, 1].gather(0, rank).squeeze(0).long()

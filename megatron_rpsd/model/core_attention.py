@@ -64,5 +64,7 @@ class ViewPairAttention(MegatronModule):
         sequence = packed_seq_params
         query = rotate(query, sequence.cos, sequence.sin)
         key = rotate(key, sequence.cos, sequence.sin)
-        context = view_attention(query, key, value, sequence.layout, self.cp_group, self.scale)
+        context = view_attention(
+            query, key, value, sequence.layout, self.cp_group, self.scale, documents=sequence.documents
+        )
         return context.reshape(*context.shape[:2], -1)

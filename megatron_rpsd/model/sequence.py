@@ -20,11 +20,14 @@ class ViewSequence(PackedSeqParams):
     Attributes:
         layout: the local tokens of both views.
         cos, sin: fp32 [b, (2L-t)/cp, d/2], the local tokens' rotary tables.
+        documents: borders of every row's documents in the whole sequence, which attention does not cross; None: it is
+            causal over the whole window.
     """
 
     layout: ViewLayout = None
     cos: Tensor = None
     sin: Tensor = None
+    documents: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         self.qkv_format = "sbhd"  # Megatron tests this field for 'thd' (packed documents)

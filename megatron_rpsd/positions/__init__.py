@@ -1,5 +1,6 @@
 """Positions: what a view of a sequence is, which view a sample gets, and the RoPE tables at given positions."""
 
+from megatron_rpsd.positions.documents import Documents, DocumentViews, document_ids, draw_document_views
 from megatron_rpsd.positions.lengths import LengthSchedule, MixedLengths, cut_rows, parse_share, scaled_step
 from megatron_rpsd.positions.perturbations import (
     View,
@@ -11,6 +12,7 @@ from megatron_rpsd.positions.perturbations import (
     pose_view,
     skip_view,
 )
+from megatron_rpsd.positions.phases import Phase, PhaseSchedule, parse_phases
 from megatron_rpsd.positions.rope import (
     EXACT_FP32_INTEGERS,
     RopeConfig,
@@ -37,9 +39,13 @@ __all__ = [
     "POSE_CHUNKS",
     "SPLIT_SAMPLINGS",
     "SPLIT_VIEWS",
+    "DocumentViews",
+    "Documents",
     "Draw",
     "LengthSchedule",
     "MixedLengths",
+    "Phase",
+    "PhaseSchedule",
     "RopeConfig",
     "StepShape",
     "View",
@@ -50,9 +56,12 @@ __all__ = [
     "cut_rows",
     "cyclic_definition",
     "cyclic_view",
+    "document_ids",
+    "draw_document_views",
     "inverse_frequencies",
     "keyed_generator",
     "nope_view",
+    "parse_phases",
     "parse_share",
     "pose_view",
     "rope_tables",

@@ -91,6 +91,10 @@ class View:
             position_ids[start:stop] += shift
         return position_ids
 
+    def suffix(self, length: int) -> torch.Tensor:
+        """Tokens at or after the split, which the KL is a mean over: bool [length]."""
+        return torch.arange(length) >= self.split
+
     def mean_shift(self, length: int) -> float:
         """How far tokens from the split on stand from their own index, on average: |shift| without jumps."""
         if not self.jumps and self.stride == 1:

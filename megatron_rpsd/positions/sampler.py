@@ -73,13 +73,14 @@ class StepShape:
         return micro_step, int(order[micro_step % strata]), strata
 
 
-def keyed_generator(seed: int, stream: int, index: int) -> np.random.Generator:
-    """Philox is a function of (key, counter): the key is (seed, stream), the index the counter's highest word.
+def keyed_generator(seed: int, stream: int, index: int, part: int = 0) -> np.random.Generator:
+    """Philox is a function of (key, counter): the key is (seed, stream), the index the counter's highest word, the part
+    of an index (a document of a sample) the next one.
 
-    A draw advances the counter's lowest word, so two indices would meet only after 2**192 blocks.
+    A draw advances the counter's lowest word, so two parts would meet only after 2**128 blocks.
     """
     bits = np.random.Philox(
-        key=np.array([seed, stream], dtype=np.uint64), counter=np.array([0, 0, 0, index], dtype=np.uint64)
+        key=np.array([seed, stream], dtype=np.uint64), counter=np.array([0, 0, part, index], dtype=np.uint64)
     )
     return np.random.Generator(bits)
 

@@ -22,9 +22,21 @@ from megatron_rpsd.positions import RopeConfig, check_positions
 from megatron_rpsd.runtime.cpu import cpu_runtime_installed, set_cpu_arguments
 from megatron_rpsd.training.arms import add_arm_arguments, check_arm, default_granule, settle_arm, suffix_unit
 from megatron_rpsd.training.chat_dataset import check_chat_tokenizer
+from megatron_rpsd.training.distillation import add_distillation_arguments, check_distillation
 from megatron_rpsd.training.errors import quiet_parser
+from megatron_rpsd.training.frozen_dims import add_freezing_arguments, check_frozen_dims
 from megatron_rpsd.training.lengths import add_length_arguments, check_length_mix
 from megatron_rpsd.training.objective import LOSS_IMPLEMENTATIONS
+from megatron_rpsd.training.packing import add_packing_arguments, check_document_ends, settle_packing
+from megatron_rpsd.training.phases import (
+    add_phase_arguments,
+    check_phases,
+    follow_checkpoint_phases,
+    phase_prefixes,
+    settle_phases,
+)
+from megatron_rpsd.training.ruler_scores import add_ruler_arguments
+from megatron_rpsd.training.run_folder import add_run_arguments, settle_run_folder
 
 
 def add_rpsd_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -32,6 +44,12 @@ def add_rpsd_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     group = parser.add_argument_group(title="rpsd")
     add_arm_arguments(group)
     add_length_arguments(group)
+    add_distillation_arguments(group)
+    add_packing_arguments(group)
+    add_phase_arguments(group)
+    add_freezing_arguments(group)
+    add_ruler_arguments(group)
+    add_run_arguments(group)
     group.add_argument(
         "--rpsd-kl-direction", choices=DIRECTIONS, default=None,
         help="Divergence of the perturbed view p from the standard view q: KL(p || q) (the paper, default), "
@@ -75,6 +93,7 @@ def parse_and_check(defaults: dict | None = None) -> argparse.Namespace:
         ValueError: one line that names the flag.
     """
     args = parse_args(add_rpsd_arguments)
+    settle_run_folder(args)
     if args.use_checkpoint_args:
         _load_model_arguments(args)
     if cpu_runtime_installed():
@@ -95,6 +114,8 @@ def parse_and_check(defaults: dict | None = None) -> argparse.Namespace:
     _settle_vocabulary(args)
     if args.conversations:
         check_chat_tokenizer(args)
+    elif args.reset_attention_mask or args.reset_position_ids or args.teacher_document_mask:
+        check_document_ends(args, get_tokenizer().eod, [*_data_prefixes(args), *phase_prefixes(args)])
     return args
 
 
@@ -117,6 +138,8 @@ def _load_model_arguments(args: argparse.Namespace) -> None:
             args.rope_parameters = typed_rope or getattr(saved, "rope_parameters", None)
             args.qk_layernorm = saved.qk_layernorm
             args.layernorm_epsilon = saved.layernorm_epsilon
+            if name == "load" and not args.finetune:
+                follow_checkpoint_phases(args, saved)
             break
     args.rotary_base = args.rotary_base if typed_base is None else typed_base
     # Padding depends on this run's tensor parallelism, so it is computed, never loaded.
@@ -124,6 +147,7 @@ def _load_model_arguments(args: argparse.Namespace) -> None:
 
 
 def _complete(args: argparse.Namespace) -> None:
+    settle_phases(args)
     args.calculate_per_token_loss = True
     args.create_attention_mask_in_dataloader = False
     # Under its own --sft Megatron's evaluation averages the means of ranks, in which a context-parallel rank without an
@@ -135,6 +159,7 @@ def _complete(args: argparse.Namespace) -> None:
         args.loss_chunk_bytes = DEFAULT_CHUNK_BYTES[args.device]
     if args.rpsd_seed is None:
         args.rpsd_seed = args.seed
+    settle_packing(args)
     settle_arm(args)
     if args.rpsd_split_granule is None and args.seq_length:
         args.rpsd_split_granule = default_granule(args, args.seq_length)
@@ -161,6 +186,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     _check_model(args)
     _check_rope(args)
     _check_data(args)
+    check_phases(args)
+    check_frozen_dims(args)
     decay = args.lr_decay_iters or args.train_iters
     if decay and args.lr_warmup_iters >= decay:
         raise ValueError(
@@ -207,6 +234,7 @@ def _check_objective(args: argparse.Namespace) -> None:
             f"parallelism) = {unit}, so the granule must be a multiple of {unit}"
         )
     check_arm(args)
+    check_distillation(args)
     check_length_mix(args)
     if args.rpsd_split_sampling == "stratified" and (args.rampup_batch_size or args.step_batch_size_schedule):
         raise ValueError(
@@ -268,15 +296,17 @@ def _check_rope(args: argparse.Namespace) -> None:
         raise ValueError(f"--rope-parameters {args.rope_parameters}: {refused}") from refused
 
 
-def _check_data(args: argparse.Namespace) -> None:
-    if args.reset_position_ids or args.reset_attention_mask:
-        raise ValueError(
-            "--reset-position-ids and --reset-attention-mask are not supported: views span the whole sample"
-        )
+def _data_prefixes(args: argparse.Namespace) -> list[str]:
+    """What --data-path and its kin name, each once."""
     blend, per_split = get_blend_and_blend_per_split(args)
-    if args.conversations and (args.mock_data or not (blend or per_split)):
+    return sorted({prefix for part in [blend, *(per_split or [])] if part for prefix in part[0]})
+
+
+def _check_data(args: argparse.Namespace) -> None:
+    prefixes = _data_prefixes(args)
+    if args.conversations and (args.mock_data or not prefixes):
         raise ValueError("--sft needs --data-path (or --train-data-path) to name JSONL files of conversations")
-    for prefix in sorted({prefix for part in [blend, *(per_split or [])] if part for prefix in part[0]}):
+    for prefix in prefixes:
         if args.conversations:
             check_conversations(prefix)
         elif prefix.endswith(".jsonl") and Path(prefix).is_file():

@@ -19,9 +19,10 @@ from megatron_rpsd.positions import (
     ViewSampler,
 )
 from megatron_rpsd.training.batch import TWO_VIEWS
+from megatron_rpsd.training.distillation import DISTILL_DEFAULTS, DISTILL_OPTIONS, DISTILLING
 from megatron_rpsd.training.forward_step import EXECUTIONS
 
-OBJECTIVES = ("standard", "pose", *TWO_VIEWS)
+OBJECTIVES = ("standard", "pose", *TWO_VIEWS, *DISTILLING)
 POSE_SAMPLINGS = ("skip", "chunks")
 
 _DEFAULTS = {
@@ -39,6 +40,7 @@ _DEFAULTS = {
     "longce_context": 4096,
     "longce_stride": 1024,
     "longce_max_weight": 5.0,
+    **DISTILL_DEFAULTS,
 }
 
 
@@ -47,7 +49,8 @@ def add_arm_arguments(group) -> None:
     group.add_argument(
         "--objective", choices=OBJECTIVES, default="rpsd",
         help="standard: CLM; pose: CLM on the perturbed view alone; rpsd: CLM plus the views' reverse KL; hard-label: "
-        "CLM plus the perturbed view's CLM over the suffix.",
+        "CLM plus the perturbed view's CLM over the suffix; distill: a teacher's divergence, and CLM by weight; "
+        "distill-rpsd: that plus rpsd's KL on the student.",
     )  # fmt: skip
     group.add_argument(
         "--rpsd-kl-weight", type=float, default=None,
@@ -235,20 +238,26 @@ def sampler_from_args(args: argparse.Namespace, step: StepShape, length: int | N
     )
 
 
+def views_of(args: argparse.Namespace) -> str:
+    """The objective whose views the student reads: --objective itself, or the one that distillation stands on."""
+    return DISTILLING.get(args.objective, args.objective)
+
+
 def _poses_chunks(args: argparse.Namespace) -> bool:
     return args.objective == "pose" and args.pose_sampling == "chunks"
 
 
 def _has_perturbed_view(args: argparse.Namespace) -> bool:
     """Whether the arm reads samples under one of RPSD's perturbations."""
-    return args.objective != "standard" and not _poses_chunks(args)
+    return views_of(args) != "standard" and not _poses_chunks(args)
 
 
 def _owners(args: argparse.Namespace) -> dict[str, tuple[str, bool]]:
     """Option -> (whose it is, whether the arm reads it)."""
     kind, views = args.rpsd_perturbation, _has_perturbed_view(args)
-    paired = (" or ".join(f"--objective {name}" for name in TWO_VIEWS), args.objective in TWO_VIEWS)
-    rpsd = ("--objective rpsd", args.objective == "rpsd")
+    paired = (" or ".join(f"--objective {name}" for name in TWO_VIEWS), views_of(args) in TWO_VIEWS)
+    rpsd = ("--objective rpsd or distill-rpsd", views_of(args) == "rpsd")
+    distilling = (" or ".join(f"--objective {name}" for name in DISTILLING), args.objective in DISTILLING)
     perturbed = ("an objective with a perturbed view", views)
     skip = ("--rpsd-perturbation skip", views and kind == "skip")
     chunks = ("--objective pose --pose-sampling chunks", _poses_chunks(args))
@@ -272,13 +281,14 @@ def _owners(args: argparse.Namespace) -> dict[str, tuple[str, bool]]:
         "longce_context": longce,
         "longce_stride": longce,
         "longce_max_weight": longce,
+        **dict.fromkeys(DISTILL_OPTIONS, distilling),
     }
 
 
 def _arm(args: argparse.Namespace) -> str:
     """The flags that choose the arm."""
-    if args.objective == "standard":
-        return "--objective standard"
+    if views_of(args) == "standard":
+        return f"--objective {args.objective}"
     if args.objective == "pose" and args.pose_sampling == "chunks":
         return "--objective pose --pose-sampling chunks"
     return f"--objective {args.objective} --rpsd-perturbation {args.rpsd_perturbation}"

@@ -1,6 +1,6 @@
 """Conversations as training samples: Megatron's `--sft` with the tokenizer's own template and a mask on the assistant.
 
-Conversations packed in one line see each other: attention is causal over the whole sample, without document masks.
+Conversations packed in one line are the sample's documents (`training.packing`), and so is the padding behind them.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ def chat_encoder(tokenizer) -> ChatEncoder:
 
 
 class ConversationDataset(SFTDataset):
-    """A JSONL line a sample: tokens, labels int64 [L], loss_mask fp32 [L].
+    """A JSONL line a sample: tokens, labels, document_ids int64 [L], loss_mask fp32 [L].
 
     loss_mask is 1 where the label is a token that the assistant must produce. A line longer than L + 1 tokens keeps
-    its beginning; a shorter one is padded, with mask 0 and labels that are valid tokens. Every epoch has an order of
-    its own, from the seed.
+    its beginning; a shorter one is padded, with mask 0 and labels that are valid tokens. document_ids are the number of
+    each token's conversation in the line; padding has one of its own. Under --eod-mask-loss a conversation's last token
+    does not learn the next one's first. Every epoch has an order of its own, from the seed.
 
     Raises:
         ValueError: the split leaves no line for this dataset; at a sample, a line that the template refuses.
@@ -61,13 +62,16 @@ class ConversationDataset(SFTDataset):
 
     def __getitem__(self, idx: int) -> dict[str, torch.Tensor]:
         line, length = self._line(idx), self.config.sequence_length
-        ids, mask = self.encoder.encode_line(self.dataset[line], self.dataset.label(line))
+        ids, mask, owner = self.encoder.encode_line(self.dataset[line], self.dataset.label(line))
         if not any(mask[1 : length + 1]):
             self._report(line, len(ids))
         room = max(0, length + 1 - len(ids))
         ids = torch.tensor(ids[: length + 1] + [self.padding] * room)
         mask = torch.tensor(mask[: length + 1] + [0] * room, dtype=torch.float32)
-        return {"tokens": ids[:-1], "labels": ids[1:], "loss_mask": mask[1:]}
+        owner = torch.tensor(owner[: length + 1] + [-1] * room)
+        if self.config.eod_mask_loss:
+            mask[1:] *= owner[1:] == owner[:-1]
+        return {"tokens": ids[:-1], "labels": ids[1:], "loss_mask": mask[1:], "document_ids": owner[:-1]}
 
     def _line(self, idx: int) -> int:
         """The file's line of a sample."""
@@ -116,11 +120,12 @@ def check_chat_tokenizer(args: argparse.Namespace) -> None:
     for path in sorted({path for part in [blend, *(per_split or [])] if part for path in part[0]}):
         file = ConversationFile(path)
         looked = [encoder.encode_line(file[index], file.label(index)) for index in range(min(LOOKED_AT, len(file)))]
-        longer = sum(len(ids) > window for ids, _ in looked)
-        nothing = sum(not any(mask[1:window]) for _, mask in looked)
-        kept = sum(sum(mask[1:window]) for _, mask in looked) / (len(looked) * args.seq_length)
+        longer = sum(len(ids) > window for ids, _, _ in looked)
+        nothing = sum(not any(mask[1:window]) for _, mask, _ in looked)
+        kept = sum(sum(mask[1:window]) for _, mask, _ in looked) / (len(looked) * args.seq_length)
+        see = "do not see each other" if args.reset_attention_mask else "see each other"
         print_rank_0(
             f"sft: {path}: {len(file)} lines; of the first {len(looked)}, {longer} are longer than --seq-length "
             f"{args.seq_length} and lose their end, {nothing} of them every assistant token; {kept:.1%} of the tokens "
-            "are the assistant's; conversations packed in one line see each other"
+            f"are the assistant's; conversations packed in one line {see}"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
@@ -12,9 +14,19 @@ from torch import Tensor
 
 from megatron_rpsd.model import RPSDModelConfig, ViewSequence
 from megatron_rpsd.parallel import ViewLayout, all_gather_tokens
-from megatron_rpsd.positions import Draw, MixedLengths, View, ViewSampler, rope_tables
+from megatron_rpsd.positions import (
+    Draw,
+    MixedLengths,
+    RopeConfig,
+    View,
+    ViewSampler,
+    draw_document_views,
+    inverse_frequencies,
+    rope_tables,
+)
 from megatron_rpsd.training.batch import TWO_VIEWS, ViewBatch, make_view_batch
 from megatron_rpsd.training.objective import Objective
+from megatron_rpsd.training.packing import CONCATENATED, Packing, packing_sums
 
 EXECUTIONS = ("shared-prefix", "full")
 
@@ -30,23 +42,47 @@ class ForwardStep:
         length: int,
         execution: str = "full",
         mix: MixedLengths | None = None,
+        packing: Packing = CONCATENATED,
+        teacher=None,
     ) -> None:
+        """`teacher`: a `training.teacher.LiveTeacher` or `training.teacher_cache.TeacherCache`, or None."""
         assert execution in EXECUTIONS
+        assert execution == "full" or not packing.perturb_documents or objective.name not in TWO_VIEWS
         self.execution = execution
         self.objective = objective
         self.sampler = sampler
         self.length = length
         self.mix = mix
+        self.packing = packing
+        self.teacher = teacher
         self.inv_freq, self.attention_scaling = model_config.inverse_frequencies()
 
     def __call__(self, data_iterator, model):
         """The stage's output, and the function that makes a loss of it on the last stage."""
-        sample, sampler = next(data_iterator), self.sampler
+        return self.read(next(data_iterator), model)
+
+    def changed(self, rope: RopeConfig, sampler: ViewSampler, length: int) -> ForwardStep:
+        """The same step at other frequencies, for views of `sampler` and sequences of `length` tokens."""
+        step = copy.copy(self)
+        step.inv_freq, step.attention_scaling = inverse_frequencies(rope)
+        step.sampler, step.length = sampler, length
+        return step
+
+    def read(self, sample: Mapping[str, Tensor], model):
+        """As a call, of a given sample with its sample_index."""
+        sampler = self.sampler
         if self.mix is not None and model.training:  # evaluation reads whole windows
             sample, sampler = self.mix.read(sample)
         draws = [sampler.draw(int(index)) for index in sample["sample_index"]]
         layout = self.layout(self.suffix_start(draws), sampler.length)
-        return self.run(model, sample, [draw.view for draw in draws], layout, [draw.kl_weight for draw in draws])
+        views = [draw.view for draw in draws]
+        if self.packing.perturb_documents:
+            documents = self.packing.documents(sample)
+            views = [
+                draw_document_views(sampler, int(index), documents.lengths(row))
+                for row, index in enumerate(sample["sample_index"])
+            ]
+        return self.run(model, sample, views, layout, [draw.kl_weight for draw in draws])
 
     def suffix_start(self, draws: Sequence[Draw]) -> int | None:
         """Where a micro-batch's perturbed view starts: its split if the prefix is shared, else 0; None: no view.
@@ -81,13 +117,20 @@ class ForwardStep:
     ):
         """The same for given views, layout and importance weights."""
         short_loss = self.short_losses(model, sample) if self.objective.longce and model.training else None
-        batch = make_view_batch(sample, views, self.objective.name, layout, kl_weights, short_loss)
+        batch = make_view_batch(sample, views, self.objective.name, layout, kl_weights, short_loss, self.packing)
         batch = batch.to(torch.cuda.current_device())
-        output = self._forward(model, batch, self.objective.output_processor)
-        return output, functools.partial(self._loss, batch, model.training)
+        reading = None if self.teacher is None else self.teacher.read(self, model, sample)
+        process = functools.partial(self.objective.output_processor, teacher=reading)
+        output = self._forward(model, batch, process)
+        packed = {} if batch.documents is None else packing_sums(batch.documents, sample["loss_mask"])
+        return output, functools.partial(self._loss, batch, model.training, packed, reading is not None)
 
-    def _loss(self, batch: ViewBatch, training: bool, sums: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        loss, tokens, logged = self.objective.loss(batch, training, sums)
+    def _loss(
+        self, batch: ViewBatch, training: bool, packed: Mapping[str, Tensor], distilled: bool, sums: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        loss, tokens, logged = self.objective.loss(batch, training, sums, distilled)
+        if training:
+            logged |= {name: pair.to(sums.device) for name, pair in packed.items()}
         if self.mix is not None and training:
             logged["mean length"] = sums.new_tensor([batch.layout.length, 1.0])
         return loss, tokens, logged
@@ -118,9 +161,14 @@ class ForwardStep:
         cp_group = parallel_state.get_context_parallel_group()
         layout = ViewLayout(width, None, cp_group.size(), cp_group.rank())
         order, losses = layout.gather_order(), []
+        packing = dataclasses.replace(self.packing, perturb_documents=False)  # the standard view alone
+        if packing.reads_documents:
+            ids = self.objective.longce.windows(sample["document_ids"])
         for rows in torch.arange(len(tokens)).split(max(1, self.length // width)):
             window = {"tokens": tokens[rows], "labels": labels[rows], "loss_mask": torch.ones(len(rows), width)}
-            batch = make_view_batch(window, [View.identity()] * len(rows), "standard", layout)
+            if packing.reads_documents:
+                window["document_ids"] = ids[rows]
+            batch = make_view_batch(window, [View.identity()] * len(rows), "standard", layout, packing=packing)
             batch = batch.to(torch.cuda.current_device())
             local = self._forward(model, batch, self.objective.token_losses)  # [width/cp, rows]
             whole = all_gather_tokens(local, cp_group)
@@ -131,4 +179,6 @@ class ForwardStep:
         """What the layers need: layout and rotary tables, made on every stage from the same positions."""
         inv_freq = self.inv_freq.to(batch.position_ids.device)
         cos, sin = rope_tables(batch.position_ids, inv_freq, self.attention_scaling)
-        return ViewSequence(layout=batch.layout, cos=cos, sin=sin)
+        cut = self.packing.attention and batch.documents is not None  # a batch without documents is read whole
+        borders = batch.documents.borders if cut else None
+        return ViewSequence(layout=batch.layout, cos=cos, sin=sin, documents=borders)

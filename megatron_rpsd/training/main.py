@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
 
+from megatron_rpsd.runs.folder import RunFolder
 from megatron_rpsd.training.errors import one_line_errors
 
 
@@ -30,17 +36,54 @@ def choose_device(argv: list[str] | None = None) -> str:
     return known.device
 
 
+@contextlib.contextmanager
+def _reason_kept() -> Iterator[None]:
+    """Leave in the run's folder, in one line, why another attempt would end alike."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--run-dir", type=Path, default=None)
+    folder = parser.parse_known_args()[0].run_dir
+    try:
+        yield
+    except ValueError as error:
+        if folder is not None and folder.is_dir() and os.environ.get("RANK", "0") == "0":
+            RunFolder(folder).error.write_text(" ".join(str(error).split()) + "\n", encoding="utf-8")
+        raise
+
+
+def check_command_line() -> None:
+    """Parse and check `sys.argv` as a rank of the job would, without a process group.
+
+    Raises:
+        ValueError: in one line.
+    """
+    choose_device()
+    with contextlib.redirect_stdout(io.StringIO()):
+        from megatron_rpsd.runtime.wheel import repair_wheel
+        from megatron_rpsd.training.arguments import parse_and_check
+
+        repair_wheel()
+        parse_and_check()
+
+
 def main() -> None:
     """Entry point of every rank."""
-    with one_line_errors():
+    with one_line_errors(), _reason_kept():
         choose_device()
         from megatron_rpsd.training.run import prepare
 
-        cfg, datasets_provider, forward_step = prepare()
+        cfg, datasets_provider, forward_step, scores = prepare()
     from megatron.core.enums import ModelType
-    from megatron.training import pretrain
+    from megatron.training import get_args, pretrain
 
-    pretrain(cfg, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+    from megatron_rpsd.runs.steps import NonFinite
+    from megatron_rpsd.training.run_folder import mark_finished
+
+    try:
+        pretrain(cfg, datasets_provider, ModelType.encoder_or_decoder, forward_step, non_loss_data_func=scores)
+    except NonFinite as error:
+        with one_line_errors(), _reason_kept():
+            raise ValueError(str(error)) from error
+    mark_finished(get_args())
 
 
 if __name__ == "__main__":

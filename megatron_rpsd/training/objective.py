@@ -27,6 +27,7 @@ from torch import Tensor
 from megatron_rpsd.loss import DEFAULT_CHUNK_BYTES, Divergence, fused_linear_loss, unfused_linear_loss
 from megatron_rpsd.parallel import ViewLayout, VocabularyShard, exchange_suffix
 from megatron_rpsd.training.batch import TWO_VIEWS, ViewBatch
+from megatron_rpsd.training.distillation import Distillation, KeptReading, TeacherReading
 from megatron_rpsd.training.longce import LongCE
 
 LOSS_IMPLEMENTATIONS = ("fused", "unfused")
@@ -57,6 +58,7 @@ class Objective:
         vocab_size: real vocabulary; columns beyond it are padding.
         options: how it is computed.
         longce: weighs the CLM's tokens, where the batch knows their short losses.
+        distillation: weighs the CLM and a teacher's divergence on the standard view, where there is a teacher.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Objective:
     vocab_size: int
     options: LossOptions = LossOptions()
     longce: LongCE | None = None
+    distillation: Distillation | None = None
 
     def sums(
         self,
@@ -73,20 +76,21 @@ class Objective:
         readings: Callable[[Tensor], tuple[Tensor, Tensor]],
         shard: VocabularyShard,
         logit_scale: float,
+        teacher: TeacherReading | KeptReading | None = None,
     ) -> Tensor:
-        """Local sums of a micro-batch, fp32 [4]: the objective (differentiable), and for the log CLM, the second
-        view's plain loss, and LongCE's weights.
+        """Local sums of a micro-batch, fp32 [5]: the objective (differentiable), and for the log CLM, the second
+        view's plain loss, LongCE's weights, and the plain divergence from the teacher.
 
         Args:
             hidden_states: this rank's hidden states as the last layer leaves them.
             output_weight: [v/tp, h].
             readings: hidden states -> standard [L/cp x b, h] and perturbed [m x b, h]; see `fused_linear_loss`.
+            teacher: its reading of the same standard tokens.
         """
         labels, mask = batch.labels.T.flatten(), batch.loss_mask.T.flatten()
         repeated = batch.repeated()
         view_mask = batch.suffix_mask.T[repeated]  # [m, b]
-        factor = self.kl_weight * batch.kl_weights * batch.kept / batch.kept_suffix.clamp(min=1)
-        view_weights = (factor * view_mask).flatten()
+        view_weights = batch.view_weights(self.kl_weight).flatten()
         reweigh = None if batch.short_loss is None else functools.partial(self._longce_weights, batch)
         if self.name == "hard-label":  # a second CLM: the perturbed tokens queue up behind the standard ones
             again = batch.labels.T[repeated].flatten()
@@ -102,12 +106,23 @@ class Objective:
             clm, view = loss.clm.split([len(labels), len(again)])
         else:
             loss = self._compute()(
-                hidden_states, output_weight, labels, mask, shard,
+                hidden_states, output_weight, labels, mask * self._clm_weight(), shard,
                 split_readings=readings, view_weights=view_weights, reweigh=reweigh, logit_scale=logit_scale,
+                **self._compared(teacher, mask),
             )  # fmt: skip
             clm, view = loss.clm, loss.view
         weights = mask if reweigh is None else mask * reweigh(clm, slice(None))
-        return torch.stack([loss.total, (clm * mask).sum(), (view * view_mask.flatten()).sum(), weights.sum()])
+        distilled = clm.new_zeros(()) if teacher is None else (loss.teacher * mask).sum()
+        plain = (clm * mask).sum(), (view * view_mask.flatten()).sum()
+        return torch.stack([loss.total, *plain, weights.sum(), distilled])
+
+    def _clm_weight(self) -> float:
+        return 1.0 if self.distillation is None else self.distillation.ce_weight
+
+    def _compared(self, teacher: TeacherReading | KeptReading | None, mask: Tensor) -> dict:
+        if teacher is None:
+            return {}
+        return {"teacher": teacher.compared(self.distillation.divergence, self.distillation.kl_weight * mask)}
 
     def _longce_weights(self, batch: ViewBatch, clm: Tensor, rows: slice) -> Tensor:
         return self.longce.weights(batch.short_loss.T.flatten()[rows], clm)
@@ -119,24 +134,38 @@ class Objective:
             fused_linear_loss, divergence=self.options.divergence, chunk_bytes=self.options.chunk_bytes
         )
 
-    def output_processor(self, *, hidden_states: Tensor, context: ViewBatch, **given) -> Tensor:
+    def output_processor(
+        self,
+        *,
+        hidden_states: Tensor,
+        context: ViewBatch,
+        teacher: TeacherReading | KeptReading | None = None,
+        **given,
+    ) -> Tensor:
         """GPTModel's `output_processor` hook on the last pipeline stage: hidden states in, `sums` out."""
-        layer = _OutputLayer.of_hook(self.vocab_size, context, **given)
-        return self.sums(hidden_states, layer.weight, context, layer.readings, layer.shard, layer.logit_scale)
+        layer = OutputLayer.of_hook(self.vocab_size, context, **given)
+        return self.sums(hidden_states, layer.weight, context, layer.readings, layer.shard, layer.logit_scale, teacher)
 
     def token_losses(self, *, hidden_states: Tensor, context: ViewBatch, **given) -> Tensor:
         """The same hook for a single view's losses, token by token, [L/cp, b] in fp32."""
-        layer = _OutputLayer.of_hook(self.vocab_size, context, **given)
+        layer = OutputLayer.of_hook(self.vocab_size, context, **given)
         loss = self._compute()(
             hidden_states, layer.weight, context.labels.T.flatten(), context.loss_mask.T.flatten(), layer.shard,
             split_readings=layer.readings, logit_scale=layer.logit_scale,
         )  # fmt: skip
         return loss.clm.view(-1, len(context.labels))
 
-    def loss(self, batch: ViewBatch, training: bool, sums: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Megatron's loss function: local sum, local count of kept tokens, and what is logged as [sum, count] pairs."""
+    def loss(
+        self, batch: ViewBatch, training: bool, sums: Tensor, distilled: bool = False
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Megatron's loss function: local sum, local count of kept tokens, and what is logged as [sum, count] pairs.
+
+        `distilled`: a teacher read this micro-batch.
+        """
         tokens = batch.loss_mask.sum()
         logged = {"lm loss": torch.stack([sums[1].detach(), tokens])}
+        if distilled:
+            logged["teacher kl"] = torch.stack([sums[4].detach(), tokens])
         if batch.short_loss is not None:
             logged["longce weight"] = torch.stack([sums[3].detach(), tokens])
         if self.name in TWO_VIEWS:
@@ -153,7 +182,7 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class _OutputLayer:
+class OutputLayer:
     """What turns the last layer's hidden states into a loss: this rank's rows, and how both readings are got."""
 
     weight: Tensor
@@ -164,7 +193,7 @@ class _OutputLayer:
     @classmethod
     def of_hook(
         cls, vocab_size: int, batch: ViewBatch, *, output_layer, output_weight, scale_logits, config, pg_collection, **_
-    ) -> _OutputLayer:
+    ) -> OutputLayer:
         """Out of what GPTModel hands to its hook; `output_weight` is the tied embedding's, or None."""
         weight = output_layer.weight if output_weight is None else output_weight
         readings = functools.partial(

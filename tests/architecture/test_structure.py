@@ -23,6 +23,7 @@ ORDER = (
     "model",
     "data",
     "ruler",
+    "runs",
     "training",
     "checkpoint",
     "evaluation",

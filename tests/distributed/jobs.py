@@ -40,7 +40,7 @@ def step(
         load_hf_weights(stages, folder, args.tensor_model_parallel_size, tp_rank, args.padded_vocab_size)
         forward_step = forward_step_from_args(args, config)
         logged = _forward_backward(stages, forward_step, sample, views, micro_batch, suffix_start)
-        return _losses(logged, args.rpsd_kl_weight), _gradients(stages, folder)
+        return _losses(logged), _gradients(stages, folder)
     finally:
         end_session()
 
@@ -74,15 +74,14 @@ def _forward_backward(stages, forward_step, sample, views, micro_batch, suffix_s
     )  # fmt: skip
 
 
-def _losses(logged: list[dict], kl_weight: float) -> dict[str, float]:
-    sums = torch.zeros(2, 2, dtype=torch.float64)
+def _losses(logged: list[dict]) -> dict[str, float]:
+    names = {"clm": "lm loss", "kl": "view kl", "teacher": "teacher kl"}
+    sums = torch.zeros(len(names), 2, dtype=torch.float64)
     if logged and parallel_state.get_tensor_model_parallel_rank() == 0:
         for micro in logged:
-            sums[0] += micro["lm loss"].double()
-            sums[1] += micro.get("view kl", torch.zeros(2)).double()
+            sums += torch.stack([micro.get(name, torch.zeros(2)).double() for name in names.values()])
     total = torch.stack(all_ranks(sums)).sum(dim=0)
-    clm, kl = (total[:, 0] / total[:, 1].clamp(min=1e-20)).tolist()
-    return {"clm": clm, "kl": kl}
+    return dict(zip(names, (total[:, 0] / total[:, 1].clamp(min=1e-20)).tolist(), strict=True))
 
 
 def _gradients(stages, folder: HFFolder) -> dict[str, torch.Tensor]:

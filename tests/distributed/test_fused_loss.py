@@ -12,7 +12,7 @@ from megatron_rpsd.parallel import VocabularyShard
 from tests.distributed import jobs
 from tests.distributed.models import samples, split_in_every_chunk
 from tests.distributed.test_gradients import CP2, SP, TP2, largest_error
-from tests.unit.loss.fused_cases import Case, errors
+from tests.unit.loss.fused_cases import Case, errors, kept_teacher
 
 ONE_TOKEN, SOME, ALL = 1, 12_000, 2**30
 CASES = {
@@ -27,7 +27,7 @@ CASES = {
 }
 
 
-def _job(case: Case, dtype: torch.dtype, chunk_bytes: int, masked: bool):
+def _job(case: Case, dtype: torch.dtype, chunk_bytes: int, masked: bool, kept: bool = False):
     """Losses, gradients (the hidden states' summed over ranks, the weight's gathered), and the collectives taken."""
     taken = []
     gather = dist.all_gather_into_tensor
@@ -37,7 +37,10 @@ def _job(case: Case, dtype: torch.dtype, chunk_bytes: int, masked: bool):
         return gather(output, given, **options)
 
     dist.all_gather_into_tensor = counted
-    result = case.fused(dtype, chunk_bytes, dist.group.WORLD, masked)
+    if kept:
+        result = kept_teacher(case, dtype, chunk_bytes, dist.group.WORLD)
+    else:
+        result = case.fused(dtype, chunk_bytes, dist.group.WORLD, masked)
     dist.all_gather_into_tensor = gather
     partial = result["hidden"].double()
     dist.all_reduce(partial)  # each rank's columns give a part, as those of a column-parallel layer do
@@ -55,6 +58,17 @@ def test_shards_equal_the_definition(name, tp, ranks):
         found = errors(result, truth)
         assert max(found.values()) < 1e-12, found
         assert not result["weight"][case.vocab_size :].any()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("vocab_size, padded", [(101, 128), (60, 128), (9, 12)])
+def test_a_teachers_likeliest_tokens_over_shards(vocab_size, padded, kept, ranks):
+    """Also where a rank holds fewer columns than K, or padding only."""
+    case = Case(vocab_size=vocab_size, padded=padded, distill=Divergence("forward-kl", 2.0, 6))
+    truth = case.definition(torch.float64)
+    for result, _ in ranks.run(4, _job, case, torch.float64, SOME, False, kept):
+        found = errors(result, truth)
+        assert max(found.values()) < 1e-12, found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

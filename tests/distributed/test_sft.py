@@ -70,7 +70,7 @@ def test_sft_trains_on_the_assistants_tokens_alone(ranks, folder, tiny_llama, tm
     assert len(scalars(tmp_path / "log", "lm loss")) == 2 and "view kl" in output[0] + output[1]
     said = [line for line in output[0].splitlines() if line.startswith("sft: ")]
     assert "4 lines; of the first 4, 3 are longer" in said[0] and "1 of them every assistant token" in said[0]
-    assert "packed in one line see each other" in said[0]
+    assert "packed in one line do not see each other" in said[0]
     assert any("chats.jsonl:4: all assistant tokens" in line for line in said[1:])
 
 

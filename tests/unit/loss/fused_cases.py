@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_rpsd.loss import Divergence, Teacher, clm_per_token, divergence_per_token, fused_linear_loss
+from megatron_rpsd.loss import (
+    Divergence,
+    KnownTopK,
+    Teacher,
+    clm_per_token,
+    divergence_per_token,
+    fused_linear_loss,
+    likeliest_tokens,
+)
 from megatron_rpsd.parallel import VocabularyShard
 
 
@@ -48,15 +56,21 @@ class Case:
         made["teacher_weights"] = keep * torch.rand(n, generator=generator, dtype=torch.float64)
         return made
 
-    def fused(self, dtype: torch.dtype, chunk_bytes: int, group=None, masked: bool = False) -> dict[str, Tensor]:
+    def fused(
+        self,
+        dtype: torch.dtype,
+        chunk_bytes: int,
+        group=None,
+        masked: bool = False,
+        teacher: KnownTopK | None = None,
+    ) -> dict[str, Tensor]:
         """Losses and gradients of `fused_linear_loss` on this rank's shard; `masked`: with every weight 0."""
         given = self.tensors(dtype)
         shard = VocabularyShard.of_rank(self.vocab_size, self.padded // (group.size() if group else 1), group)
         rows = slice(shard.vocab_start, shard.vocab_stop)
         hidden, weight = given["hidden"].requires_grad_(), given["weight"][rows].clone().requires_grad_()
         keep = 0.0 if masked else 1.0
-        teacher = None
-        if self.distill is not None:
+        if self.distill is not None and teacher is None:
             teacher = Teacher(
                 given["teacher_hidden"],
                 given["teacher_weight"][rows],
@@ -149,3 +163,14 @@ def errors(result: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, flo
         for name, value in truth.items()
         if value.numel()
     }
+
+
+def kept_teacher(case: Case, dtype: torch.dtype, chunk_bytes: int, group=None) -> dict[str, Tensor]:
+    """As `Case.fused`, the teacher read beforehand into its likeliest tokens."""
+    given = case.tensors(dtype)
+    shard = VocabularyShard.of_rank(case.vocab_size, case.padded // (group.size() if group else 1), group)
+    rows = slice(shard.vocab_start, shard.vocab_stop)
+    read = likeliest_tokens(
+        given["teacher_hidden"], given["teacher_weight"][rows], shard, case.distill, 0.5, chunk_bytes
+    )
+    return case.fused(dtype, chunk_bytes, group, teacher=KnownTopK(*read, case.distill, given["teacher_weights"]))

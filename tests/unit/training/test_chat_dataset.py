@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from megatron_rpsd.data.chat import ConversationFile
 from megatron_rpsd.training.chat_dataset import ConversationDataset
-from tests.chat_tokenizer import PLAIN, assistant, save_chat_tokenizer, user, write_chats
+from tests.chat_tokenizer import PLAIN, assistant, save_chat_tokenizer, system, user, write_chats
 
 L = 40
 LINES = [
@@ -34,6 +34,7 @@ def build(tokenizer, tmp_path):
     config = SimpleNamespace(
         tokenizer=SimpleNamespace(_tokenizer=SimpleNamespace(tokenizer=tokenizer), unique_identifiers={}),
         sequence_length=L, random_seed=3, split="100,0,0", split_matrix=None, allow_ambiguous_pad_tokens=False,
+        eod_mask_loss=False,
     )  # fmt: skip
 
     def of(lines=LINES, num_samples=12, indices=None, seed=3):
@@ -55,6 +56,7 @@ def test_a_sample_is_a_line_with_its_next_tokens_and_a_mask_over_them(build, tok
     for sample in samples.values():
         assert {name: (value.dtype, value.shape) for name, value in sample.items()} == {
             "tokens": (torch.int64, (L,)), "labels": (torch.int64, (L,)), "loss_mask": (torch.float32, (L,)),
+            "document_ids": (torch.int64, (L,)),
         }  # fmt: skip
         assert sample["labels"].min() >= 0 and sample["labels"].max() < len(tokenizer)
         assert torch.equal(sample["tokens"][1:], sample["labels"][:-1])
@@ -65,6 +67,25 @@ def test_a_sample_is_a_line_with_its_next_tokens_and_a_mask_over_them(build, tok
     assert tokenizer.decode(samples[0]["tokens"][:24]) == "<s>user\na<e>\n<s>assistant\nbc<e>\n"
     assert (samples[0]["tokens"][24:] == tokenizer.pad_token_id).all()
     assert tokenizer.decode(samples[1]["tokens"]) == "<s>user\na<e>\n<s>assistant\n" + "b" * 20  # the left is kept
+
+
+TWO = [user("b"), system("x"), assistant("c")]  # <s>user\nb<e>\n, <s>system\nx<e>\n<s>assistant\nc<e>\n: 9, 11 + 14
+
+
+def test_conversations_and_padding_are_documents(build, tokenizer):
+    sample = build([TWO])[0]
+    assert tokenizer.decode(sample["tokens"][9:]).startswith("<s>system")
+    assert sample["document_ids"].tolist() == [0] * 9 + [1] * 25 + [-1] * (L - 34)
+
+
+def test_a_conversations_last_token_does_not_learn_the_next_ones_first(build):
+    dataset = build([TWO])
+    encode = dataset.encoder.encode
+    dataset.encoder.encode = lambda *given: (encode(*given)[0], [1] * len(encode(*given)[0]))  # a template's whim
+    free = dataset[0]["loss_mask"].tolist()
+    dataset.config.eod_mask_loss = True
+    masked = dataset[0]["loss_mask"].tolist()
+    assert free == [1] * 33 + [0] * (L - 33) and masked == [1] * 8 + [0] + [1] * 24 + [0] * (L - 33)
 
 
 def test_a_line_that_teaches_nothing_is_reported_once(build, capsys):

@@ -1,0 +1,191 @@
+"""`--run-dir`: one folder for all that a run writes, from which it resumes by itself, and what guards it meanwhile."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import faulthandler
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_rpsd.runs.checkpoints import TRACKER, trust_newest
+from megatron_rpsd.runs.folder import RunFolder
+from megatron_rpsd.runs.saving import Keeping, guard_saving
+from megatron_rpsd.runs.steps import POLICIES, SampleWatch, StepGuard, guard_steps
+from megatron_rpsd.runs.stopping import leave_when_asked
+
+_PACKAGES = ("megatron-core", "torch", "transformers", "transformer-engine", "numpy", "megatron-rpsd")
+_VERIFYING = datetime.timedelta(hours=2)
+_kept_alive: list = []
+
+
+def add_run_arguments(group: argparse._ArgumentGroup) -> None:
+    """The flags of a run that survives."""
+    group.add_argument(
+        "--run-dir", type=Path, default=None, metavar="DIR",
+        help="Folder of the run: checkpoints (--save and --load), tensorboard, metrics, arguments and versions. A run "
+        "started again resumes from the newest checkpoint that is whole; `touch DIR/stop` saves one and ends it.",
+    )  # fmt: skip
+    group.add_argument(
+        "--keep-checkpoints", type=int, default=None, metavar="K", help="Keep the K newest checkpoints (--run-dir)."
+    )
+    group.add_argument(
+        "--keep-every", type=int, default=None, metavar="N",
+        help="With --keep-checkpoints: keep those whose iteration is a multiple of N, too.",
+    )  # fmt: skip
+    group.add_argument(
+        "--on-nonfinite", choices=POLICIES, default="stop",
+        help="A step whose loss or gradient is not finite: end the run before the optimizer (default), or skip the "
+        "update. Either way its samples are named.",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-nonfinite-steps", type=int, default=5, metavar="N", help="Skipped steps in a row that a run survives."
+    )
+    group.add_argument(
+        "--step-timeout-minutes", type=float, default=None, metavar="M",
+        help="A rank that waits so long, from one step's begin to the next one's, writes its stacks and ends the job.",
+    )  # fmt: skip
+
+
+def settle_run_folder(args: argparse.Namespace) -> None:
+    """Check the flags, and let --run-dir name Megatron's folders. Damaged checkpoints are set aside by rank 0.
+
+    Raises:
+        ValueError: in one line.
+    """
+    for flag, value in (("--keep-checkpoints", args.keep_checkpoints), ("--keep-every", args.keep_every)):
+        if value is not None and value < 1:
+            raise ValueError(f"{flag} {value} must be at least 1")
+    if args.keep_every is not None and args.keep_checkpoints is None:
+        raise ValueError(f"--keep-every {args.keep_every} needs --keep-checkpoints: without it all are kept anyway")
+    if args.max_nonfinite_steps < 1:
+        raise ValueError(f"--max-nonfinite-steps {args.max_nonfinite_steps} must be at least 1")
+    if args.step_timeout_minutes is not None and args.step_timeout_minutes <= 0:
+        raise ValueError(f"--step-timeout-minutes {args.step_timeout_minutes:g} must be a positive number")
+    args.check_for_nan_in_loss_and_grad = False  # Megatron's raises on one rank, the others wait; ours is agreed on
+    if args.run_dir is None:
+        if args.keep_checkpoints is not None:
+            raise ValueError("--keep-checkpoints needs --run-dir: only there it is known which checkpoints are whole")
+        return
+    run = RunFolder(args.run_dir)
+    for flag, given in (("--save", args.save), ("--load", args.load), ("--tensorboard-dir", args.tensorboard_dir)):
+        if given is not None:
+            raise ValueError(f"{flag} {given}: --run-dir {args.run_dir} names it already; leave one of them out")
+    if args.run_dir.exists() and not args.run_dir.is_dir():
+        raise ValueError(f"--run-dir {args.run_dir} is a file; name a folder")
+    if run.finished.is_file():
+        raise ValueError(f"--run-dir {args.run_dir}: {run.finished.name} says that this run is finished; name another")
+    newest = from_rank_0(lambda: trust_newest(run.checkpoints, _warn))
+    args.save, args.tensorboard_dir = str(run.checkpoints), str(run.tensorboard)
+    args.load = args.save if newest is not None else None
+    args.exit_signal_handler = True
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def from_rank_0(compute: Callable):
+    """What `compute` gives on rank 0, on every rank, before the process group exists; its ValueError reaches all."""
+    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    answer = [None, None]
+    if rank == 0:
+        try:
+            answer = [compute(), None]
+        except ValueError as error:
+            answer = [None, str(error)]
+    if world_size > 1 and dist.is_initialized():
+        dist.broadcast_object_list(answer, src=0)
+    elif world_size > 1 and "MASTER_ADDR" in os.environ:  # without it this is a check of the command line, alone
+        store, *_ = next(dist.rendezvous("env://"))
+        _kept_alive.append(store)  # where rank 0 serves it, the process group will use the same server
+        store = dist.PrefixStore("megatron_rpsd/from_rank_0", store)
+        if rank == 0:
+            store.set("answer", json.dumps(answer))
+        else:
+            store.wait(["answer"], _VERIFYING)
+            answer = json.loads(store.get("answer"))
+    if answer[1] is not None:
+        raise ValueError(answer[1])
+    return answer[0]
+
+
+def guarded(args: argparse.Namespace, forward_step: Callable) -> Callable:
+    """Install the run's guards in Megatron's loop; returns the forward step to train with.
+
+    Without --run-dir the loop is watched, too; only checkpoints and requests to stop belong to the folder.
+    """
+    watch = SampleWatch(forward_step)
+    timeout = None if args.step_timeout_minutes is None else 60 * args.step_timeout_minutes
+    guard_steps(StepGuard(watch, args.on_nonfinite, args.max_nonfinite_steps), timeout)
+    if args.run_dir is not None:
+        guard_saving(Path(args.save), Keeping(args.keep_checkpoints, args.keep_every))
+        leave_when_asked(RunFolder(args.run_dir).stop)
+        if args.rank == 0:
+            record_start(args)
+    return watch
+
+
+def record_start(args: argparse.Namespace) -> None:
+    """Write the resolved arguments, and add where, with what and by which command this start was made."""
+    run = RunFolder(args.run_dir)
+    run.path.mkdir(parents=True, exist_ok=True)
+    partial = run.arguments.with_suffix(".partial")
+    partial.write_text(json.dumps(vars(args), indent=1, sort_keys=True, default=str) + "\n", encoding="utf-8")
+    partial.rename(run.arguments)
+    start = {
+        "time": time.time(),
+        "command": sys.argv,
+        "host": platform.node(),
+        "world_size": args.world_size,
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "git": _git_state(),
+        "slurm": {name: value for name, value in sorted(os.environ.items()) if name.startswith("SLURM_")},
+    }
+    with run.origins.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(start) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_state() -> dict | None:
+    """Commit and number of changed files of the working tree that this package lies in; None outside of git."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=20)
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if commit.returncode or changed.returncode:
+        return None
+    return {"commit": commit.stdout.strip(), "changed_files": len(changed.stdout.splitlines())}
+
+
+def mark_finished(args: argparse.Namespace) -> None:
+    """Say that nothing is left to do; and no alarm rings any more."""
+    faulthandler.cancel_dump_traceback_later()
+    if args.run_dir is not None and args.rank == 0:
+        run = RunFolder(args.run_dir)
+        partial = run.finished.with_suffix(".partial")
+        partial.write_text(json.dumps({"iteration": args.train_iters, "time": time.time()}) + "\n", encoding="utf-8")
+        partial.rename(run.finished)
+
+
+def resumes(args: argparse.Namespace) -> bool:
+    """Whether the run folder holds a checkpoint to go on from."""
+    return args.run_dir is not None and (RunFolder(args.run_dir).checkpoints / TRACKER).is_file()

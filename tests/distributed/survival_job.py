@@ -1,0 +1,86 @@
+"""Runs that are disturbed from within: a full disk, an infinite gradient, a rank that hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from tests.distributed import training_job
+
+
+def train_on_a_full_disk(arguments: list[str], full_at: int) -> str:
+    """As `training_job.train`; the device is full when the checkpoint number `full_at` (from 0) asks for room."""
+    real, asked = os.posix_fallocate, []
+
+    def posix_fallocate(descriptor, offset, size):
+        asked.append(size)
+        if len(asked) - 1 == full_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor, offset, size)
+
+    os.posix_fallocate = posix_fallocate
+    return training_job.train(arguments)
+
+
+def train_with_bad_samples(arguments: list[str], bad: list[int]) -> tuple[str, str, int | None]:
+    """As `run`; the loss of samples `bad` is infinite."""
+    from megatron_rpsd.runs.steps import SampleIndices
+    from megatron_rpsd.training import run as entry
+
+    original = entry.guarded
+
+    def spoiled(forward_step):
+        def call(data_iterator, model):
+            samples = SampleIndices(data_iterator)
+            output, loss_function = forward_step(samples, model)
+
+            def loss_of(sums):
+                loss, tokens, logged = loss_function(sums)
+                return (loss * float("inf") if set(samples.seen) & set(bad) else loss), tokens, logged
+
+            return output, loss_of
+
+        return call
+
+    entry.guarded = lambda args, forward_step: original(args, spoiled(forward_step))
+    return run(arguments)
+
+
+def run(arguments: list[str]) -> tuple[str, str, int | None]:
+    """Standard output, standard error and exit code of the entry point."""
+    output, errors, code = io.StringIO(), io.StringIO(), None
+    from megatron_rpsd.training import main as entry
+    from megatron_rpsd.training.session import end_session
+
+    try:
+        with training_job._argv(arguments), contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            entry.main()
+    except SystemExit as left:
+        code = left.code
+    finally:
+        end_session()
+    return output.getvalue(), errors.getvalue(), code
+
+
+def hang(arguments: list[str], errors: Path) -> None:
+    """A run whose rank 1 sleeps in its third step; standard error goes to ERRORS/RANK.err."""
+    sys.__stderr__ = (errors / f"{torch.distributed.get_rank()}.err").open("w")
+    from megatron_rpsd.runs.steps import SampleWatch
+
+    original, steps = SampleWatch.__call__, []
+
+    def call(self, data_iterator, model):
+        steps.append(1)
+        if torch.distributed.get_rank() == 1 and len(steps) > 4:
+            time.sleep(600)
+        return original(self, data_iterator, model)
+
+    SampleWatch.__call__ = call
+    training_job.train(arguments)
