@@ -129,10 +129,13 @@ class ChatEncoder:
         added = tokenizer.added_tokens_decoder
         self.special = {token for token in added if added[token].special} | set(tokenizer.all_special_ids)
 
-    def encode_line(self, messages: Sequence[dict], label: str) -> tuple[list[int], list[int]]:
-        """`encode` of a line's conversations, behind one another."""
-        parts = [self.encode(conversation, label) for conversation in split_conversations(messages)]
-        return [token for ids, _ in parts for token in ids], [kept for _, mask in parts for kept in mask]
+    def encode_line(self, messages: Sequence[dict], label: str) -> tuple[list[int], list[int], list[int]]:
+        """`encode` of a line's conversations, behind one another, and for each token the number of its conversation."""
+        ids, mask, owner = [], [], []
+        for number, conversation in enumerate(split_conversations(messages)):
+            tokens, kept = self.encode(conversation, label)
+            ids, mask, owner = ids + tokens, mask + kept, owner + [number] * len(tokens)
+        return ids, mask, owner
 
     def encode(self, messages: Sequence[dict], label: str) -> tuple[list[int], list[int]]:
         """Token ids of a conversation, and a mask of the same length: 1 for tokens that the assistant must produce.

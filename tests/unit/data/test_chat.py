@@ -86,9 +86,10 @@ def test_a_line_of_packed_conversations(encoder):
     chosen, packed = encoder(PLAIN), [system("x"), user("a"), assistant("b"), system("y"), user("c"), assistant("d")]
     assert split_conversations(packed) == [packed[:3], packed[3:]]
     assert split_conversations(packed[1:3]) == [packed[1:3]]
-    ids, mask = chosen.encode_line(packed, "f:1")
+    ids, mask, owner = chosen.encode_line(packed, "f:1")
     parts = [chosen.encode(part, "f:1") for part in (packed[:3], packed[3:])]
     assert ids == parts[0][0] + parts[1][0] and mask == parts[0][1] + parts[1][1]
+    assert owner == [0] * len(parts[0][0]) + [1] * len(parts[1][0])
 
 
 @pytest.mark.parametrize(
