@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,7 +58,8 @@ def check_command_line() -> None:
         ValueError: in one line.
     """
     choose_device()
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process looks, as meant
         from megatron_rpsd.runtime.wheel import repair_wheel
         from megatron_rpsd.training.arguments import parse_and_check
 
