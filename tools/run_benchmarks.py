@@ -21,6 +21,7 @@ COMMANDS = {
     "--repetitions 2",
     "conversion": "benchmark_conversion.py --hf runs/bench/smollm2 --fetch-smollm2",
     "ruler": "benchmark_ruler.py --tokenizer runs/bench/smollm2 --fetch-smollm2",
+    "data": "benchmark_data.py --tokenizer runs/bench/smollm2 --fetch-smollm2",
 }
 
 
@@ -34,9 +35,10 @@ def _rows(name: str, result: dict) -> Iterator[dict]:
             yield {"what": f"loss, {unit}", "ours": ours[key], "peer": best, "theirs": peers[best][key]}
         yield {"what": "loss, s", "ours": ours["seconds"], "peer": "bare products", "theirs": bare["seconds"]}
         return
-    if name == "ruler":
-        ours, plain = result["seconds"]["ours"], result["seconds"]["plain"]
-        yield {"what": "RULER's prompts at 64K, s", "ours": ours, "peer": "plain procedure", "theirs": plain}
+    if name in ("ruler", "data"):
+        what, peer = {"ruler": ("RULER's prompts at 64K", "plain"), "data": ("data, 2 workers", "encode_batch")}[name]
+        ours, theirs = (result["seconds"][way] for way in ("ours", peer))
+        yield {"what": f"{what}, s", "ours": ours, "peer": peer, "theirs": theirs}
         return
     if name == "conversion":
         for key, unit in (("seconds", "s"), ("peak_bytes", "bytes")):
@@ -51,9 +53,7 @@ def _rows(name: str, result: dict) -> Iterator[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output", required=True, help="Folder; results.json is the table, each benchmark has its own."
-    )
+    parser.add_argument("--output", required=True, help="Folder of results.json, the table, and each benchmark's own.")
     parser.add_argument("--only", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     args = quiet_parser(parser).parse_args()
     output, tools = Path(args.output), Path(__file__).parent

@@ -1,17 +1,13 @@
-"""Documents: where they start and end in input files, and long real text that every machine has.
-
-A `.jsonl` file holds one document a line; any other file is one document.
-"""
+"""Documents: the text of one, and long real text that every machine has. `data.readers` finds them in files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 # Below the standard library: installed packages, tests, the editor, and code or tables that a program generated.
 _SKIPPED_FOLDERS = {
@@ -34,29 +30,22 @@ class Document:
     """One document as it lies in its file."""
 
     path: Path
-    """the file"""
+    """the file, or the repository's folder"""
     line: int | None
-    """line in a JSONL file, from 1; None when the file is the document"""
+    """line in a JSONL file or row in a parquet file, from 1; None when the file is the document"""
     raw: bytes
-    """the file's bytes, or the line's"""
+    """the file's bytes, or the line's; the text's, where it comes from a parquet column or a repository"""
+    offset: int = 0
+    """where a JSONL line begins, in bytes of the (decompressed) file"""
+    is_json: bool = False
+    """raw is a line of JSON"""
+    number: int = 0
+    """place of its file among the inputs"""
 
     @property
     def label(self) -> str:
         """`file` or `file:line`, for messages."""
         return str(self.path) if self.line is None else f"{self.path}:{self.line}"
-
-
-def iter_documents(path: Path, digest: Any) -> Iterator[Document]:
-    """Reads `path` once, document by document; `digest` (a hashlib object) has seen every byte of it at the end."""
-    if path.suffix != ".jsonl":
-        raw = path.read_bytes()
-        digest.update(raw)
-        yield Document(path, None, raw)
-        return
-    with path.open("rb") as file:
-        for line, raw in enumerate(file, start=1):
-            digest.update(raw)
-            yield Document(path, line, raw)
 
 
 def document_text(document: Document, json_key: str) -> str:
@@ -69,7 +58,7 @@ def document_text(document: Document, json_key: str) -> str:
         text = document.raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{document.label} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    if document.line is None:
+    if not document.is_json:
         return text
     if not text.strip():
         return ""
@@ -81,9 +70,12 @@ def document_text(document: Document, json_key: str) -> str:
         raise ValueError(f"{document.label} is not a JSON object but a {type(record).__name__}")
     if json_key not in record:
         raise ValueError(f"{document.label} has no key {json_key!r} (--json-key), only {sorted(record)}")
-    if not isinstance(record[json_key], str):
-        raise ValueError(f"{document.label}: {json_key!r} (--json-key) holds no string: {record[json_key]!r:.60}")
-    return record[json_key]
+    text = record[json_key]
+    if not isinstance(text, str):
+        raise ValueError(f"{document.label}: {json_key!r} (--json-key) holds no string: {text!r:.60}")
+    if not text.isascii() and any(0xD800 <= ord(character) < 0xE000 for character in text):
+        raise ValueError(f"{document.label}: {json_key!r} holds half of a surrogate pair, which is no character")
+    return text
 
 
 def standard_library() -> Path:

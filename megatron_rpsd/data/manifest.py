@@ -11,6 +11,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_rpsd.data.shards import file_sha256
+
 FORMAT = 1
 
 
@@ -25,11 +27,21 @@ class InputFile:
 
 
 @dataclass(frozen=True)
+class LengthBucket:
+    """Stored documents of low to high tokens, both included."""
+
+    low: int
+    high: int
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Contents of `P.json`."""
 
     tokenizer_sha256: str
-    """SHA-256 of the tokenizer folder's tokenizer.json"""
+    """SHA-256 of the tokenizer folder's tokenizer.json, of the model file, or of tiktoken's ranks"""
     vocab_size: int
     """entries of the tokenizer, added tokens included: its `len()`"""
     max_token_id: int
@@ -39,7 +51,7 @@ class Manifest:
     eod_id: int | None
     """token that ends every document; None when none was appended"""
     documents: int
-    """documents stored"""
+    """documents of the inputs that are stored, whole or in part"""
     empty_documents: int
     """documents left out because they hold no text"""
     tokens: int
@@ -49,6 +61,27 @@ class Manifest:
     """whole samples of L + 1 tokens, neighbours sharing one token as in Megatron's GPTDataset: (tokens - 1) // L"""
     inputs: tuple[InputFile, ...]
     format: int = FORMAT
+    mode: str = "concatenate"
+    """how documents were arranged"""
+    json_key: str = "text"
+    seed: int = 0
+    """of the order of files within a repository"""
+    skipped: int = 0
+    """documents and rests of files that could not be read; P.skipped.jsonl names them"""
+    left_out_documents: int = 0
+    """documents of which the arrangement stored nothing: too short or too long for it"""
+    left_out_tokens: int = 0
+    """tokens of them, and of the rests of others"""
+    cut_documents: int = 0
+    """documents that end up in more than one window, or lose a rest"""
+    padding_tokens: int = 0
+    """of `tokens`"""
+    padding_id: int | None = None
+    """token that pads"""
+    lengths: tuple[LengthBucket, ...] = ()
+    """documents of the inputs, stored or not, by length"""
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
+    """SHA-256 of P.bin, P.idx and P.sources, by suffix"""
 
 
 def _beside(prefix: str | Path, suffix: str) -> Path:
@@ -75,9 +108,31 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
         fields = json.loads(path.read_text())
         if fields.get("format") != FORMAT:
             raise ValueError(f"format is {fields.get('format')!r}, not {FORMAT}")
-        return Manifest(**{**fields, "inputs": tuple(InputFile(**entry) for entry in fields["inputs"])})
+        parts = {"inputs": tuple(InputFile(**entry) for entry in fields["inputs"])}
+        parts["lengths"] = tuple(LengthBucket(**entry) for entry in fields.get("lengths", ()))
+        return Manifest(**{**fields, **parts})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not a manifest of tools/preprocess_data.py: {error}") from None
+
+
+def check_files(prefix: str | Path) -> None:
+    """Compares the files of a prefix with the manifest's checksums.
+
+    Raises:
+        ValueError: a file is missing or damaged (all such are named), or there is no manifest to compare with.
+    """
+    manifest = read_manifest(prefix)
+    if manifest is None or not manifest.files:
+        raise ValueError(f"{prefix}.json is missing or older than checksums: make the data with preprocess_data.py")
+    found = []
+    for suffix, expected in manifest.files.items():
+        path = _beside(prefix, suffix)
+        if not path.is_file():
+            found.append(f"{path} is missing")
+        elif (digest := file_sha256(path)) != expected:
+            found.append(f"{path} is damaged: its SHA-256 is {digest[:12]}..., the manifest says {expected[:12]}...")
+    if found:
+        raise ValueError("; ".join(found))
 
 
 def check_prefix(prefix: str | Path, vocab_size: int) -> Manifest | None:

@@ -1,28 +1,34 @@
-"""Text files to Megatron's `.bin/.idx` with a manifest: the library behind tools/preprocess_data.py."""
+"""Text to Megatron's `.bin/.idx` with a manifest: the library behind tools/preprocess_data.py.
+
+Two steps. Documents are tokenized into checksummed shards in `.P.partial` beside the output (`data.tokenization`); then
+they are arranged (`data.arrangement`) and written as P.bin, P.idx and P.sources (`data.indexed`). The first step takes
+nearly all of the time, and a run that was interrupted anywhere goes on from its last finished shard; the second depends
+on the first one's result alone. So an interrupted run and its repetition leave the bytes of an uninterrupted one.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import multiprocessing
-import warnings
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+import errno
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from megatron_rpsd.data.documents import Document, document_text, iter_documents
-from megatron_rpsd.data.manifest import InputFile, Manifest, write_manifest
-from megatron_rpsd.data.staging import staging_folder
+from megatron_rpsd.data.arrangement import Arrangement, Counts
+from megatron_rpsd.data.encoders import TokenizerSpec, read_tokenizer
+from megatron_rpsd.data.indexed import write_indexed
+from megatron_rpsd.data.manifest import LengthBucket, Manifest, write_manifest
+from megatron_rpsd.data.shards import locked, write_durably
+from megatron_rpsd.data.tokenization import Source, Tokenized, tokenize
 
-# A batch is what one worker gets at a time: small documents travel together, a long one travels alone.
-_BATCH_BYTES = 1 << 20
+SHARD_TOKENS = 1 << 24
+MODES = ("concatenate", "whole", "pack", "repo")
+"""Arrangements, and repositories: folders joined, then concatenated."""
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -30,207 +36,252 @@ class PreprocessConfig:
     """Settings of `preprocess`, named as the flags of tools/preprocess_data.py."""
 
     inputs: Sequence[Path]
-    """files; one document a line in `.jsonl`, one document a file otherwise"""
-    tokenizer: Path
-    """Hugging Face folder with tokenizer.json"""
+    """files; one document a line in `.jsonl`, a row in `.parquet`, one document a file otherwise; folders are code
+    repositories (--mode repo)"""
+    tokenizer: str | Path
+    """Hugging Face folder, sentencepiece .model, .tiktoken file, or tiktoken:NAME"""
     output_prefix: Path
-    """P of P.bin, P.idx and P.json; existing ones are replaced"""
+    """P of P.bin, P.idx, P.sources and P.json; existing ones are replaced"""
     seq_length: int
     """tokens a sample feeds to the model"""
     append_eod: bool = True
     """end every document with the tokenizer's end-of-sequence token"""
     json_key: str = "text"
-    """key of the text in a JSONL line"""
+    """key of the text in a JSONL line, column in a parquet file"""
     workers: int = 1
     """processes that tokenize"""
+    mode: str = "concatenate"
+    """one of MODES"""
+    min_tokens: int = 0
+    """leave shorter documents out"""
+    max_tokens: int | None = None
+    """leave longer documents out"""
+    on_error: str = "stop"
+    """what to do with a document that cannot be read: stop, or skip and count it"""
+    seed: int = 0
+    """of the order of files within a repository"""
+    tiktoken_pattern: str | None = None
+    """for a .tiktoken file"""
+    shard_tokens: int = SHARD_TOKENS
+    """tokens between two points from which an interrupted run goes on"""
 
     def __post_init__(self) -> None:
-        for flag, value in (("--seq-length", self.seq_length), ("--workers", self.workers)):
+        for flag, value in (
+            ("--seq-length", self.seq_length),
+            ("--workers", self.workers),
+            ("--shard-tokens", self.shard_tokens),
+        ):
             if value < 1:
                 raise ValueError(f"{flag} {value}: it must be at least 1")
+        if self.mode not in MODES:
+            raise ValueError(f"--mode {self.mode} is unknown: choose {', '.join(MODES)}")
+        if self.on_error not in ("stop", "skip"):
+            raise ValueError(f"--on-error {self.on_error} is unknown: choose stop or skip")
+        if self.max_tokens is not None and self.max_tokens < max(self.min_tokens, 1):
+            raise ValueError(f"--min-tokens {self.min_tokens} --max-tokens {self.max_tokens} leave no length between")
         if not self.inputs:
             raise ValueError("--input names no file")
         for path in self.inputs:
-            if not path.is_file():
-                what = "is a folder: name its files" if path.is_dir() else "does not exist"
-                raise ValueError(f"--input {path} {what}")
-        if not self.tokenizer.is_dir():
-            raise ValueError(f"--tokenizer {self.tokenizer} is not a folder")
-        if not (self.tokenizer / "tokenizer.json").is_file():
-            raise ValueError(f"--tokenizer {self.tokenizer} holds no tokenizer.json")
+            check_input(path, self.mode == "repo")
+
+    @property
+    def source(self) -> Source:
+        """What is tokenized."""
+        return Source(tuple(self.inputs), self.json_key, self.append_eod, self.seed, self.on_error)
 
 
-@dataclass(frozen=True)
-class _Tokenizer:
-    """A Hugging Face tokenizer with what is needed to encode documents."""
-
-    hf: Any
-    eod_id: int | None
-    json_key: str
-
-    def encode(self, document: Document) -> np.ndarray | None:
-        """Token ids of `document`, int64 [t], the end-of-document token last; None when it holds no text.
-
-        The tokenizer's own defaults hold: a beginning-of-sequence token is there exactly when the tokenizer adds one,
-        and an end token that it adds itself is not doubled.
-        """
-        text = document_text(document, self.json_key)
-        if not text.strip():
-            return None
-        ids = self.hf(text, verbose=False)["input_ids"]
-        if self.eod_id is not None and (not ids or ids[-1] != self.eod_id):
-            ids = [*ids, self.eod_id]
-        return np.asarray(ids, dtype=np.int64)
+def check_input(path: Path, repository: bool) -> None:
+    """Refuse an input that is not there, or of the other kind."""
+    if repository:
+        if not path.is_dir():
+            raise ValueError(f"--input {path} is not a folder: --mode repo joins the files of a folder, a repository")
+    elif not path.is_file():
+        what = "is a folder: name its files, or join them with --mode repo" if path.is_dir() else "does not exist"
+        raise ValueError(f"--input {path} {what}")
 
 
-def _load_tokenizer(config: PreprocessConfig) -> _Tokenizer:
-    from transformers import AutoTokenizer
+def load_tokenizer(path: str | Path, append_eod: bool, mode: str, pattern: str | None) -> TokenizerSpec:
+    """The tokenizer, with the tokens that the run needs.
 
+    Raises:
+        ValueError: it cannot be loaded, or lacks one.
+    """
+    spec = read_tokenizer(path, pattern)
+    if append_eod and spec.eod_id is None:
+        raise ValueError(f"--append-eod: the tokenizer in {path} has no end-of-sequence token; use --no-append-eod")
+    if mode == "pack" and spec.pad_id is None and spec.eod_id is None:
+        raise ValueError(f"--mode pack: the tokenizer in {path} has neither a padding nor an end token to pad with")
+    return spec
+
+
+def padding_of(spec: TokenizerSpec) -> int:
+    """The token that fills windows up: the tokenizer's own for that, which Megatron keeps out of the loss, unless it is
+    the end token; then the end token, which --eod-mask-loss keeps out of it.
+    """
+    usable = spec.pad_id is not None and spec.pad_id != spec.eod_id
+    return spec.pad_id if usable else spec.eod_id if spec.eod_id is not None else 0
+
+
+@contextmanager
+def work_folder(target: Path) -> Iterator[Path]:
+    """`.P.partial` beside `target`, locked; it goes when the block ends well, or when no shard in it is finished.
+
+    Raises:
+        ValueError: it cannot be made, another run holds it, or the disk is full.
+    """
+    folder = target.absolute().parent / f".{target.name}.partial"
+    made = []
+    for parent in reversed([folder, *folder.parents]):
+        if not parent.exists():
+            made.append(parent)
     try:
-        hf = AutoTokenizer.from_pretrained(str(config.tokenizer), local_files_only=True)
-    except Exception as error:  # the tokenizers library raises plain Exception
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"--tokenizer {config.tokenizer} cannot be loaded: {reason}") from error
-    if config.append_eod and hf.eos_token_id is None:
+        with locked(folder):
+            yield folder
+            shutil.rmtree(folder)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ValueError(
+                f"--output-prefix {target}: the disk is full; free some space and run again, finished shards are kept"
+            ) from error
+        if not folder.exists():
+            raise ValueError(f"cannot write {target}: {error.strerror or error}") from error
+        raise
+    finally:
+        if folder.exists() and not any(folder.rglob("[0-9][0-9][0-9][0-9][0-9].json")):
+            shutil.rmtree(folder)
+        if not folder.exists():
+            for parent in reversed(made[:-1]):
+                if parent.exists() and not any(parent.iterdir()):
+                    parent.rmdir()
+
+
+def write_arranged(
+    prefix: Path, tokenized: Tokenized, spec: TokenizerSpec, arrangement: Arrangement, source: Source, mode: str
+) -> Manifest:
+    """Writes `.bin/.idx/.sources/.json` (and `.skipped.jsonl`) of `prefix`.
+
+    Raises:
+        ValueError: too few tokens for one sample.
+    """
+    padding = padding_of(spec)
+    arranged = arrangement(tokenized.store.documents())
+    tokens, files = write_indexed(prefix, arranged, tokenized.store.reader(), spec.dtype, padding)
+    counts, length = arrangement.counts, arrangement.seq_length
+    windows = max(tokens - 1, 0) // length
+    if windows < 1:
         raise ValueError(
-            f"--append-eod: the tokenizer in {config.tokenizer} has no end-of-sequence token; use --no-append-eod"
+            f"--seq-length {length} needs {length} + 1 = {length + 1} tokens for one sample, the input holds {tokens}"
+            f"{_left_out(counts)}: give more text or a shorter --seq-length"
         )
-    return _Tokenizer(hf, hf.eos_token_id if config.append_eod else None, config.json_key)
-
-
-_worker_tokenizer: _Tokenizer | None = None
-
-
-def _start_worker(config: PreprocessConfig) -> None:
-    global _worker_tokenizer
-    _worker_tokenizer = _load_tokenizer(config)
-
-
-def _encode_in_worker(batch: list[Document]) -> list[np.ndarray | None]:
-    assert _worker_tokenizer is not None, "the pool's initializer did not run"
-    return [_worker_tokenizer.encode(document) for document in batch]
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.raw)
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _encoded(
-    config: PreprocessConfig, tokenizer: _Tokenizer, documents: Iterable[Document]
-) -> Iterator[tuple[Document, np.ndarray | None]]:
-    """Every document with its tokens, in order. At most a few batches a worker are in memory."""
-    if config.workers == 1:
-        for document in documents:
-            yield document, tokenizer.encode(document)
-        return
-    # spawn: the tokenizers library has its own threads, and a fork of a process with threads can hang.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(config.workers, context, _start_worker, (config,))
-    try:
-        pending: deque = deque()
-        for batch in _batches(documents):
-            pending.append((batch, pool.submit(_encode_in_worker, batch)))
-            if len(pending) >= 4 * config.workers:
-                done, future = pending.popleft()
-                yield from zip(done, future.result(), strict=True)
-        for done, future in pending:
-            yield from zip(done, future.result(), strict=True)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _megatron_indexed_dataset() -> ModuleType:
-    """Megatron's indexed_dataset, imported without its remarks on missing GPU libraries, which this use never calls."""
-    logger = logging.getLogger("torch.utils.cpp_extension")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from megatron.core.datasets import indexed_dataset
-    finally:
-        logger.setLevel(level)
-    return indexed_dataset
-
-
-def _read_inputs(inputs: Sequence[Path], records: list[InputFile]) -> Iterator[Document]:
-    """All documents of all files; appends each file's record when the file has been read."""
-    for path in inputs:
-        digest = hashlib.sha256()
-        size = 0
-        for document in iter_documents(path, digest):
-            size += len(document.raw)
-            yield document
-        records.append(InputFile(str(path), size, digest.hexdigest()))
-
-
-def _write(config: PreprocessConfig, tokenizer: _Tokenizer, prefix: Path) -> Manifest:
-    """Writes the `.bin/.idx` of `prefix` and returns the manifest; the caller checks that there is enough of it."""
-    indexed_dataset = _megatron_indexed_dataset()
-    # Ids may have gaps, so the largest id decides with the count.
-    cardinality = max(len(tokenizer.hf), 1 + max(tokenizer.hf.get_vocab().values()))
-    dtype = indexed_dataset.DType.optimal_dtype(cardinality)
-    builder = indexed_dataset.IndexedDatasetBuilder(indexed_dataset.get_bin_path(str(prefix)), dtype=dtype)
-    stored = empty = tokens = 0
-    max_token_id = -1
-    records: list[InputFile] = []
-    total = sum(path.stat().st_size for path in config.inputs)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", disable=None) as bar:
-        for document, ids in _encoded(config, tokenizer, _read_inputs(config.inputs, records)):
-            if ids is None:
-                empty += 1
-            else:
-                assert 0 <= ids.min() and ids.max() < cardinality, f"{document.label}: token id outside the vocabulary"
-                builder.add_document(ids, [len(ids)])
-                stored += 1
-                tokens += len(ids)
-                max_token_id = max(max_token_id, int(ids.max()))
-            bar.update(len(document.raw))
-    builder.finalize(indexed_dataset.get_idx_path(str(prefix)))
-    return Manifest(
-        tokenizer_sha256=hashlib.sha256((config.tokenizer / "tokenizer.json").read_bytes()).hexdigest(),
-        vocab_size=len(tokenizer.hf),
-        max_token_id=max_token_id,
-        dtype=np.dtype(dtype).name,
-        eod_id=tokenizer.eod_id,
-        documents=stored,
-        empty_documents=empty,
+    largest = [shard.max_token_id for shard in tokenized.store.shards]
+    manifest = Manifest(
+        tokenizer_sha256=spec.sha256,
+        vocab_size=spec.vocab_size,
+        max_token_id=max([*largest, padding] if counts.padding_tokens else largest),
+        dtype=spec.dtype,
+        eod_id=spec.eod_id if source.append_eod else None,
+        documents=counts.documents - counts.left_out_documents,
+        empty_documents=len(tokenized.empty),
         tokens=tokens,
-        seq_length=config.seq_length,
-        windows=max(tokens - 1, 0) // config.seq_length,
-        inputs=tuple(records),
+        seq_length=length,
+        windows=windows,
+        inputs=tokenized.inputs,
+        mode=mode,
+        json_key=source.json_key,
+        seed=source.seed,
+        skipped=len(tokenized.faults),
+        left_out_documents=counts.left_out_documents,
+        left_out_tokens=counts.left_out_tokens,
+        cut_documents=counts.cut_documents,
+        padding_tokens=counts.padding_tokens,
+        padding_id=padding if counts.padding_tokens else None,
+        lengths=_buckets(counts.lengths),
+        files=files,
     )
+    reasons = [{"skipped": fault} for fault in tokenized.faults] + [{"empty": label} for label in tokenized.empty]
+    if reasons:
+        lines = "".join(json.dumps(reason, ensure_ascii=False) + "\n" for reason in reasons)
+        write_durably(Path(f"{prefix}.skipped.jsonl"), lines.encode(errors="surrogateescape"))
+    write_manifest(prefix, manifest)
+    return manifest
 
 
-def preprocess(config: PreprocessConfig) -> Manifest:
+def _buckets(lengths: np.ndarray) -> tuple[LengthBucket, ...]:
+    """`Counts.lengths` without what is empty at either end."""
+    found = np.flatnonzero(lengths[0])
+    bits = range(int(found[0]), int(found[-1]) + 1)
+    return tuple(LengthBucket(2 ** (bit - 1), 2**bit - 1, *lengths[:, bit].tolist()) for bit in bits)
+
+
+def _left_out(counts: Counts) -> str:
+    if not counts.left_out_documents:
+        return ""
+    return f" after {counts.left_out_documents} of {counts.documents} documents were left out"
+
+
+def publish(staged: Path, target: Path) -> None:
+    """Renames what was written under `staged` to `target`, the manifest last; an older manifest goes first, so that no
+    moment shows a manifest beside data that it does not describe.
+    """
+    Path(f"{target}.json").unlink(missing_ok=True)
+    Path(f"{target}.skipped.jsonl").unlink(missing_ok=True)
+    for suffix in (".bin", ".idx", ".sources", ".skipped.jsonl", ".json"):
+        path = Path(f"{staged}{suffix}")
+        if path.exists():
+            path.replace(f"{target}{suffix}")
+
+
+def preprocess(config: PreprocessConfig, report: Report = lambda line: None) -> Manifest:
     """Tokenizes `config.inputs` into P.bin and P.idx and describes them in P.json; returns that manifest.
 
-    Document boundaries are kept: one Megatron document with one sequence for each, in the order of the inputs.
-    Everything is written aside and renamed at the end, P.json last; an older P.json goes first, so that no moment
-    shows a manifest beside data that it does not describe. Raises ValueError, leaving nothing, when the tokenizer
-    cannot be loaded, a document cannot be read, or all of them hold fewer than seq_length + 1 tokens.
+    Document boundaries are kept: under `concatenate` one Megatron document with one sequence for each, in the order of
+    the inputs. Everything is written aside and renamed at the end, P.json last. The number of workers changes nothing.
+
+    Args:
+        report: called with lines on how the run goes.
+
+    Raises:
+        ValueError: leaving finished shards at most, when the tokenizer cannot be loaded, a document cannot be read
+            (with its file and line), or all of them hold fewer than seq_length + 1 tokens.
     """
-    tokenizer = _load_tokenizer(config)
-    target = config.output_prefix
-    with staging_folder(target) as folder:
-        manifest = _write(config, tokenizer, folder / "data")
-        if manifest.windows < 1:
-            raise ValueError(
-                f"--seq-length {config.seq_length} needs {config.seq_length} + 1 = {config.seq_length + 1} tokens for "
-                f"one sample, the input holds {manifest.tokens}: give more text or a shorter --seq-length"
-            )
-        write_manifest(folder / "data", manifest)
+    spec = load_tokenizer(config.tokenizer, config.append_eod, config.mode, config.tiktoken_pattern)
+    target, source = config.output_prefix, config.source
+    arranged = "concatenate" if config.mode == "repo" else config.mode
+    with work_folder(target) as folder:
+        tokenized = tokenize(source, spec, folder / "tokens", config.workers, config.shard_tokens, report)
+        arrangement = Arrangement(arranged, config.seq_length, config.min_tokens, config.max_tokens)
+        try:
+            manifest = write_arranged(folder / "data", tokenized, spec, arrangement, source, config.mode)
+        except ValueError:
+            shutil.rmtree(folder)
+            raise
         target.parent.mkdir(parents=True, exist_ok=True)
-        Path(f"{target}.json").unlink(missing_ok=True)
-        for suffix in (".bin", ".idx", ".json"):
-            (folder / f"data{suffix}").replace(f"{target}{suffix}")
+        publish(folder / "data", target)
     return manifest
+
+
+def describe(prefix: str | Path, manifest: Manifest) -> str:
+    """What was stored, in lines for a terminal."""
+    empty = f"{manifest.empty_documents} empty ones left out"
+    lines = [
+        f"{prefix}: {manifest.documents} documents ({empty}), {manifest.tokens} tokens, {manifest.windows} samples of "
+        f"{manifest.seq_length} tokens"
+    ]
+    if manifest.mode == "pack":
+        share = manifest.padding_tokens / manifest.tokens
+        lines.append(
+            f"padding: {manifest.padding_tokens} tokens ({share:.2%}); cut: {manifest.cut_documents} documents"
+        )
+    if manifest.left_out_documents or manifest.left_out_tokens:
+        lines.append(
+            f"left out by --mode {manifest.mode} and the bounds on length: {manifest.left_out_documents} documents, "
+            f"with rests of others {manifest.left_out_tokens} tokens"
+        )
+    if manifest.skipped:
+        lines.append(f"skipped: {manifest.skipped}, listed in {prefix}.skipped.jsonl")
+    lines.append(f"{'tokens of a document':>23s} {'documents':>12s} {'share of tokens':>16s}")
+    total = sum(bucket.tokens for bucket in manifest.lengths)
+    for bucket in manifest.lengths:
+        share = bucket.tokens / total
+        lines.append(f"{bucket.low:>10d} .. {bucket.high:>9d} {bucket.documents:>12d} {share:>16.1%}")
+    return "\n".join(lines)

@@ -10,11 +10,11 @@ import pytest
 from megatron_rpsd.data.documents import (
     Document,
     document_text,
-    iter_documents,
     python_sources,
     split_documents,
     standard_library,
 )
+from megatron_rpsd.data.readers import iter_documents
 
 
 def read(path: Path, key: str = "text") -> list[str]:
@@ -42,11 +42,12 @@ def test_a_file_is_one_document_and_jsonl_one_a_line(tmp_path: Path) -> None:
         (b'{"body": "x"}', "has no key 'text'"),
         (b'{"text": 3}', "holds no string: 3"),
         (b'{"text": "\xff"}', "is not UTF-8 text: invalid start byte at byte 10"),
+        (b'{"text": "a\\ud800"}', "half of a surrogate pair"),
     ],
 )
 def test_a_bad_line_is_named(raw: bytes, words: str) -> None:
     with pytest.raises(ValueError) as error:
-        document_text(Document(Path("in.jsonl"), 7, raw), "text")
+        document_text(Document(Path("in.jsonl"), 7, raw, is_json=True), "text")
     assert str(error.value).startswith("in.jsonl:7 ") or str(error.value).startswith("in.jsonl:7:")
     assert words in str(error.value) and "\n" not in str(error.value)
 

@@ -75,7 +75,9 @@ def test_cli_writes_what_megatron_reads(tmp_path: Path, tokenizer_folder: Path, 
     tokens = sum(map(len, expected))
     assert stored(prefix) == expected
     assert f"3 documents (1 empty ones left out), {tokens} tokens, {(tokens - 1) // 4} samples" in result.stdout
-    assert {path.name for path in prefix.parent.iterdir()} == {"v1.5.bin", "v1.5.idx", "v1.5.json"}
+    assert {path.name for path in prefix.parent.iterdir()} == {
+        f"v1.5{suffix}" for suffix in (".bin", ".idx", ".sources", ".skipped.jsonl", ".json", ".lengths.png")
+    }
     assert {path.name for path in tmp_path.iterdir()} == {"in", "new"}
 
     manifest = read_manifest(prefix)
@@ -103,17 +105,18 @@ def test_workers_change_nothing(tmp_path: Path, tokenizer_folder: Path) -> None:
     path.write_text("".join(json.dumps({"body": f"{i} " * (i % 50)}) + "\n" for i in range(200)))
     # Small batches, so that several are under way at once.
     program = (
-        "import sys, pathlib; import megatron_rpsd.data.preprocess as p; p._BATCH_BYTES = 500\n"
+        "import sys, pathlib; import megatron_rpsd.data.tokenization as t; t.BATCH_BYTES = 500\n"
+        "from megatron_rpsd.data.preprocess import PreprocessConfig, preprocess\n"
         "if __name__ == '__main__':\n"
         "    a, b, c = map(pathlib.Path, sys.argv[1:])\n"
-        "    p.preprocess(p.PreprocessConfig([a], b, c, seq_length=8, json_key='body', workers=2))\n"
+        "    preprocess(PreprocessConfig([a], b, c, seq_length=8, json_key='body', workers=2))\n"
     )
     script = tmp_path / "two_workers.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(TOOL.parents[1])!r})\n" + program)
     arguments = map(str, (path, tokenizer_folder, tmp_path / "two"))
     subprocess.run([sys.executable, str(script), *arguments], check=True)
     preprocess(config([path], tokenizer_folder, tmp_path / "one", seq_length=8))
-    for suffix in (".bin", ".idx", ".json"):
+    for suffix in (".bin", ".idx", ".sources", ".json"):
         assert Path(f"{tmp_path / 'two'}{suffix}").read_bytes() == Path(f"{tmp_path / 'one'}{suffix}").read_bytes()
 
 
@@ -180,7 +183,7 @@ def test_settings_are_checked(tmp_path: Path, tokenizer_folder: Path, inputs: li
     }.items():
         arguments = {"inputs": inputs, "tokenizer": tokenizer_folder, "prefix": tmp_path / "p", **changes}
         with pytest.raises(ValueError, match=words):
-            config(**arguments)
+            preprocess(config(**arguments))
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "tokenizer.json").write_text("{}")

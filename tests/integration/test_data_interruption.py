@@ -1,0 +1,108 @@
+"""Preparation killed anywhere and started again gives the bytes of a run that nobody touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "unit" / "data"))
+from tiny_tiktoken import PATTERN, save_tiktoken  # noqa: E402
+
+LINES = 12000
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("interrupted")
+    draw = random.Random(1)
+    with (folder / "in.jsonl").open("w") as file:
+        for number in range(LINES):
+            file.write(json.dumps({"text": "".join(draw.choices("abc de.\né", k=draw.randrange(300)))}) + "\n")
+            if number % 2000 == 500:
+                file.write("{broken\n")
+    save_tiktoken(folder / "bytes.tiktoken")
+    return folder
+
+
+def command(folder: Path, prefix: Path, workers: int, mode: str) -> list[str]:
+    tool = ROOT / "tools" / "preprocess_data.py"
+    flags = f"--seq-length 256 --on-error skip --shard-tokens 40000 --no-histogram --workers {workers} --mode {mode}"
+    paths = {"--input": folder / "in.jsonl", "--tokenizer": folder / "bytes.tiktoken", "--output-prefix": prefix}
+    typed = [str(word) for pair in paths.items() for word in pair]
+    return [sys.executable, str(tool), *typed, "--tiktoken-pattern", PATTERN, *flags.split()]
+
+
+def contents(prefix: Path) -> dict[str, bytes]:
+    return {path.name.removeprefix(prefix.name): path.read_bytes() for path in prefix.parent.glob(f"{prefix.name}.*")}
+
+
+def interrupted(folder: Path, prefix: Path, workers: int, kills: int, draw: random.Random) -> int:
+    """Kills the tool at random moments of its work, then lets it end; how many kills hit it alive."""
+    hit = 0
+    for _ in range(kills):
+        shards = draw.randrange(1, 10)
+        process = subprocess.Popen(
+            command(folder, prefix, workers, "pack"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        work = prefix.parent / f".{prefix.name}.partial"
+        while process.poll() is None and len(list(work.glob("tokens/0*.bin"))) < shards:
+            time.sleep(0.002)
+        time.sleep(draw.random() * 0.05)
+        hit += process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command(folder, prefix, workers, "pack"), check=True, capture_output=True)
+    return hit
+
+
+@pytest.fixture(scope="module")
+def untouched(folder: Path) -> dict[str, bytes]:
+    prefix = folder / "untouched"
+    subprocess.run(command(folder, prefix, 1, "pack"), check=True, capture_output=True)
+    found = contents(prefix)
+    assert set(found) == {".bin", ".idx", ".sources", ".json", ".skipped.jsonl"}
+    assert json.loads(found[".json"])["skipped"] == 6
+    return found
+
+
+def test_killed_three_times(folder: Path, untouched: dict[str, bytes]) -> None:
+    assert interrupted(folder, folder / "three", 2, 3, random.Random(3)) >= 2
+    assert contents(folder / "three") == untouched
+    assert not (folder / ".three.partial").exists()
+
+
+def test_a_mended_line_keeps_the_shards_before_it(folder: Path, tmp_path: Path) -> None:
+    lines = (folder / "in.jsonl").read_bytes().replace(b"{broken\n", b"").splitlines(keepends=True)
+    broken = [*lines[:11000], b"{broken\n", *lines[11000:]]
+    (tmp_path / "in.jsonl").write_bytes(b"".join(broken))
+    save_tiktoken(tmp_path / "bytes.tiktoken")
+    typed = [word.replace("skip", "stop") for word in command(tmp_path, tmp_path / "p", 1, "concatenate")]
+    stopped = subprocess.run(typed, capture_output=True, text=True)
+    assert stopped.returncode == 2 and "in.jsonl:11001 is not JSON" in stopped.stderr
+    assert len(stopped.stderr.splitlines()) == 1
+    (tmp_path / "in.jsonl").write_bytes(b"".join(lines))
+    mended = subprocess.run(typed, capture_output=True, text=True, check=True)
+    taken, left = map(int, mended.stderr.split("taking ")[1].split(" finished")[0].split(" of "))
+    assert taken == left >= 4
+    other = subprocess.run(command(tmp_path, tmp_path / "q", 1, "concatenate"), capture_output=True)
+    assert other.returncode == 0 and contents(tmp_path / "p") == contents(tmp_path / "q")
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(folder: Path, untouched: dict[str, bytes]) -> None:
+    draw, hit = random.Random(20), 0
+    for number in range(20):
+        prefix = folder / f"run{number}"
+        hit += interrupted(folder, prefix, 1 + number % 2, 1, draw)
+        assert contents(prefix) == untouched, f"run {number} differs"
+    assert hit >= 15
