@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -e -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv demo lab test bench soak lint clean
+.PHONY: help venv demo lab short-long test bench soak lint clean
 
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -10,7 +10,7 @@ VENV_PYTHON := $(VENV)/bin/python
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | while IFS= read -r line; do \
-	    printf 'make %-8s %s\n' "$${line%%:*}" "$${line##*## }"; done
+	    printf 'make %-10s %s\n' "$${line%%:*}" "$${line##*## }"; done
 
 venv: $(STAMP) ## make .venv with the project (editable) and its development extras
 
@@ -30,6 +30,9 @@ demo: venv ## run the main job on a real model on this machine's CPU; writes run
 
 lab: venv ## compare the arms on a synthetic retrieval language, 3 seeds; writes runs/lab/report.html
 	$(VENV_PYTHON) -m examples.lab.run --output runs/lab
+
+short-long: venv ## distil long retrieval from packed short samples, 3 seeds; writes runs/short_long/report.html
+	$(VENV_PYTHON) -m examples.short_data_long_context.run --output runs/short_long
 
 test: venv ## run the whole suite
 	$(VENV_PYTHON) -m pytest

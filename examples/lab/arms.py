@@ -74,7 +74,8 @@ def equal_time_steps(phase: Phase, seconds_a_step: float, own_seconds_a_step: fl
     return max(phase.steps, min(most_factor * phase.steps, fitting))
 
 
-def _common(phase: Phase, steps: int, seed: int, prefix: Path, cache: Path, save: Path) -> dict[str, object]:
+def common_flags(phase: Phase, steps: int, seed: int, prefix: Path, cache: Path, save: Path) -> dict[str, object]:
+    """What every run of a lab says of its data, schedule and checkpoint."""
     return {
         "--tokenizer-type": "NullTokenizer",
         "--make-vocab-size-divisible-by": 1,
@@ -105,7 +106,8 @@ def _common(phase: Phase, steps: int, seed: int, prefix: Path, cache: Path, save
     }
 
 
-def _words(flags: Mapping[str, object]) -> list[str]:
+def words(flags: Mapping[str, object]) -> list[str]:
+    """Flags and values as a command line."""
     return [str(word) for pair in flags.items() for word in pair]
 
 
@@ -116,8 +118,8 @@ LOOP_SWITCHES = ("--no-save-optim", "--no-save-rng")
 def base_arguments(phase: Phase, seed: int, data: Path, save: Path) -> list[str]:
     """Command line of a base model's pre-training."""
     return [
-        "--device", "cpu", *_words(MODEL_FLAGS), *MODEL_SWITCHES, "--max-position-embeddings", str(phase.seq_length),
-        *_words(_common(phase, phase.steps, seed, data / "base", data / "cache", save)), *LOOP_SWITCHES,
+        "--device", "cpu", *words(MODEL_FLAGS), *MODEL_SWITCHES, "--max-position-embeddings", str(phase.seq_length),
+        *words(common_flags(phase, phase.steps, seed, data / "base", data / "cache", save)), *LOOP_SWITCHES,
         "--objective", "standard",
     ]  # fmt: skip
 
@@ -126,6 +128,6 @@ def arm_arguments(arm: Arm, phase: Phase, steps: int, seed: int, base: Path, dat
     """Command line of an arm's adaptation."""
     return [
         "--device", "cpu", "--use-checkpoint-args", "--pretrained-checkpoint", str(base),
-        *_words(_common(phase, steps, seed, data / "adapt", data / "cache", save)), *LOOP_SWITCHES,
+        *words(common_flags(phase, steps, seed, data / "adapt", data / "cache", save)), *LOOP_SWITCHES,
         "--rpsd-split-granule", "1", *arm.flags,
     ]  # fmt: skip

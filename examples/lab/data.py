@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from examples.lab.language import (
     repetition_document,
 )
 from examples.lab.settings import Settings
+from megatron_rpsd.report.files import replace_file
 
 # What a generator is for; with the seed, its key.
 _BASE, _ADAPT, _EXAM = 0, 1, 2
@@ -26,7 +28,7 @@ _BASE, _ADAPT, _EXAM = 0, 1, 2
 def base_documents(settings: Settings, seed: int) -> Iterator[np.ndarray]:
     """Pre-training documents, each one window: repetition and needle documents in turn."""
     rng = np.random.default_rng([seed, _BASE])
-    for index in range(_count(settings.base.steps * settings.base.global_batch_size)):
+    for index in range(documents_for(settings.base.steps * settings.base.global_batch_size)):
         if index % 2:
             yield repetition_document(rng, settings.base.seq_length)
         else:
@@ -36,12 +38,12 @@ def base_documents(settings: Settings, seed: int) -> Iterator[np.ndarray]:
 def adaptation_documents(settings: Settings, seed: int) -> Iterator[np.ndarray]:
     """Documents with biased evidence, each one window; enough for the arms that get more steps."""
     rng, phase = np.random.default_rng([seed, _ADAPT]), settings.adapt
-    for _ in range(_count(phase.steps * phase.global_batch_size * settings.most_steps_factor)):
+    for _ in range(documents_for(phase.steps * phase.global_batch_size * settings.most_steps_factor)):
         yield needle_document(rng, phase.seq_length, ADAPTATION, settings.furthest_evidence)[0]
 
 
-def _count(samples: int) -> int:
-    """Documents for that many windows: a window's last label is the next document's BOS, so there is one more."""
+def documents_for(samples: int) -> int:
+    """Documents for that many samples: a window's last label is the next document's BOS, so there is one more."""
     return samples + 1
 
 
@@ -74,7 +76,9 @@ def write_exam(path: Path, settings: Settings, seed: int, length: int) -> None:
         exam = make_base_exam(rng, length, settings.base_exam_documents)
     else:
         exam = make_exam(rng, length, settings.exam_documents)
-    np.savez(path, tokens=exam.tokens, positions=exam.positions, evidence=exam.evidence)
+    content = io.BytesIO()
+    np.savez(content, tokens=exam.tokens, positions=exam.positions, evidence=exam.evidence)
+    replace_file(path, content.getvalue())  # another exam may be reading the one that is there
 
 
 def exam_path(folder: Path, length: int) -> Path:

@@ -32,7 +32,7 @@ def examine(checkpoint: Path, data: Path, lengths: Sequence[int]) -> dict[int, n
 
     args, config = start_session([
         "--device", "cpu", "--use-checkpoint-args", "--load", str(checkpoint), "--seq-length", str(max(lengths)),
-        "--tokenizer-type", "NullTokenizer", "--make-vocab-size-divisible-by", "1", "--ckpt-format", "torch",
+        "--tokenizer-type", "NullTokenizer", "--make-vocab-size-divisible-by", "1", "--auto-detect-ckpt-format",
         "--objective", "standard", "--exit-on-missing-checkpoint",
     ])  # fmt: skip
     try:

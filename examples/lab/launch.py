@@ -95,6 +95,8 @@ def run_on_ranks(world_size: int, log: Path, function: Callable, *arguments) -> 
     """
     # Here and not on import: the process has one such server, which its first user starts.
     _context.set_forkserver_preload(["examples.lab.preload"])
+    # torch_dist's writer leaves a manager process behind, which ends with its rank: nothing that a user should read of.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     log.parent.mkdir(parents=True, exist_ok=True)
     logs = [rank_log(log, rank) for rank in range(world_size)]
     for path in logs:

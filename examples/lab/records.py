@@ -15,7 +15,7 @@ from megatron_rpsd.report.files import write_json
 
 _ITERATION = re.compile(r"iteration +(\d+)/ *(\d+) \|")
 _FIELD = re.compile(r" ([a-z][a-z ()]*?): +([-+0-9.eE]+|nan|inf) \|")
-CURVES = ("lm loss", "view kl")
+CURVES = ("lm loss", "view kl", "teacher kl")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from megatron_rpsd.report.depth import accuracy_by_depth, depth_heat_maps
 from megatron_rpsd.report.figures import Panel, curves_over_steps
 from megatron_rpsd.report.metrics import Series
 
-_DEPTH = "depth of the evidence, % of the document"
+DEPTH_LABEL = "depth of the evidence, % of the document"
 _TITLES = tuple(arm.title for arm in ARMS.values() if arm.time_of is None)
 REFERENCES = ("standard", "rpsd-skip")
 """arms that stand beside the ablations in their figure"""
@@ -27,7 +27,8 @@ def _same_steps(results: Mapping) -> list[str]:
     return [name for name, arm in results["arms"].items() if arm["time_of"] is None]
 
 
-def _depth_panels(results: Mapping, arms: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
+def depth_panels(results: Mapping, arms: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
+    """Accuracy [seeds, depths] by arm title, a panel for every length."""
     found = results["arms"]
     return {
         f"{_length(length)} tokens": {
@@ -64,16 +65,16 @@ def draw_figures(results: Mapping) -> dict[str, bytes]:
     ablations = [arm for arm in arms if arm not in MAIN_ARMS]
     figures = {}
     if main:
-        figures["depth"] = accuracy_by_depth(_depth_panels(results, main), _TITLES, _DEPTH)
+        figures["depth"] = accuracy_by_depth(depth_panels(results, main), _TITLES, DEPTH_LABEL)
     if ablations:
         ablations = [*(arm for arm in REFERENCES if arm in arms), *ablations]
-        figures["ablations"] = accuracy_by_depth(_depth_panels(results, ablations), _TITLES, _DEPTH)
+        figures["ablations"] = accuracy_by_depth(depth_panels(results, ablations), _TITLES, DEPTH_LABEL)
     maps = {
         arm["title"]: np.array([arm["exams"][str(length)]["by_depth"] for length in results["lengths"]])
         for arm in results["arms"].values()
     }
     rows = [_length(length) for length in results["lengths"]]
-    figures["heat_maps"] = depth_heat_maps(maps, rows, "document length, tokens", _DEPTH)
+    figures["heat_maps"] = depth_heat_maps(maps, rows, "document length, tokens", DEPTH_LABEL)
     if main:
         figures["training"] = _training(results, main)
     if ablations:
@@ -81,11 +82,12 @@ def draw_figures(results: Mapping) -> dict[str, bytes]:
     return figures
 
 
-def _with_interval(estimate: Mapping) -> str:
+def with_interval(estimate: Mapping) -> str:
+    """An estimate with its interval in brackets."""
     return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
 
 
-def _table(results: Mapping, arms: Sequence[str], caption: str) -> html.Markup:
+def accuracy_table(results: Mapping, arms: Sequence[str], caption: str) -> html.Markup:
     """Accuracy and its spread over depths, by arm."""
     lengths = [str(length) for length in results["lengths"]]
     header = ["arm", *(f"accuracy at {_length(length)}" for length in lengths),
@@ -94,13 +96,14 @@ def _table(results: Mapping, arms: Sequence[str], caption: str) -> html.Markup:
     for name in arms:
         exams = results["arms"][name]["exams"]
         rows.append([
-            results["arms"][name]["title"], *(_with_interval(exams[length]["accuracy"]) for length in lengths),
-            _with_interval(exams[lengths[0]]["depth_deviation"]), f"{exams[lengths[0]]['worst_depth']['value']:.2f}",
+            results["arms"][name]["title"], *(with_interval(exams[length]["accuracy"]) for length in lengths),
+            with_interval(exams[lengths[0]]["depth_deviation"]), f"{exams[lengths[0]]['worst_depth']['value']:.2f}",
         ])  # fmt: skip
     return html.table(header, rows, caption)
 
 
-def _cost_table(results: Mapping, arms: Sequence[str], caption: str) -> html.Markup:
+def cost_table(results: Mapping, arms: Sequence[str], caption: str) -> html.Markup:
+    """Steps and times of every arm beside its accuracy."""
     lengths = [str(length) for length in results["lengths"]]
     header = ["arm", "steps", "ms/step", "loop, s", "run, s", "CPU, s",
               *(f"at {_length(length)}" for length in lengths)]  # fmt: skip
@@ -115,11 +118,12 @@ def _cost_table(results: Mapping, arms: Sequence[str], caption: str) -> html.Mar
     return html.table(header, rows, caption)
 
 
-def _verdicts(results: Mapping) -> html.Markup:
+def verdict_table(results: Mapping, verdicts: Sequence[Mapping]) -> html.Markup:
+    """What must hold, with what was measured, seed by seed."""
     rows = [
-        [verdict["text"], bound_text(verdict), _with_interval(verdict["estimate"]), f"{verdict['margin']:+.3f}",
+        [verdict["text"], bound_text(verdict), with_interval(verdict["estimate"]), f"{verdict['margin']:+.3f}",
          ", ".join(f"{value:.3f}" for value in verdict["by_seed"]), "holds" if verdict["met"] else "fails"]
-        for verdict in results["verdicts"]
+        for verdict in verdicts
     ]  # fmt: skip
     header = ["expectation", "bound", "measured", "margin", "seed by seed", "verdict"]
     caption = f"Of {seeds_text(results)}. Intervals: 95 % bootstrap over seeds and documents, the same for both arms."
@@ -166,7 +170,7 @@ def _equal_time(results: Mapping) -> list[html.Markup]:
         "loop: the training loop alone; run: with start and checkpoint; CPU: of both ranks. Means over seeds."
     )
     rows = [*others, *equal, *(name for name in ("hard-label",) if name in arms)]
-    return [html.section("In equal time", _cost_table(results, rows, caption))]
+    return [html.section("In equal time", cost_table(results, rows, caption))]
 
 
 def _hard_label(results: Mapping) -> list[html.Markup]:
@@ -177,7 +181,18 @@ def _hard_label(results: Mapping) -> list[html.Markup]:
         "views with the data's own next tokens, at the cost of RPSD."
     )
     rows = [name for name in ("pose", "hard-label", "rpsd-skip") if name in results["arms"]]
-    return [html.section("Hard-label control", html.paragraph(text), _table(results, rows, ""))]
+    return [html.section("Hard-label control", html.paragraph(text), accuracy_table(results, rows, ""))]
+
+
+def html_list(lines: Sequence[object]) -> html.Markup:
+    """Lines as a list."""
+    return html.Markup(f"<ul>{''.join(f'<li>{html.text(line)}</li>' for line in lines)}</ul>")
+
+
+def versions_section(results: Mapping) -> html.Markup:
+    """What software ran."""
+    versions = list(results["versions"].items())
+    return html.section("Versions", html.table(["software", "version"], versions, text_columns=2))
 
 
 def build_page(results: Mapping, figures: Mapping[str, bytes]) -> str:
@@ -185,23 +200,20 @@ def build_page(results: Mapping, figures: Mapping[str, bytes]) -> str:
     names = list(results["arms"])
     interval = f"In brackets: 95 % bootstrap intervals over seeds and documents ({seeds_text(results)})."
     commands = [results["base_command"], *(arm["command"] for arm in results["arms"].values())]
-    limits = html.Markup(f"<ul>{''.join(f'<li>{html.text(limit)}</li>' for limit in results['limits'])}</ul>")
     return html.page(
         "The position lab",
         html.paragraph(_intro(results)),
-        _table(
+        accuracy_table(
             results,
             _same_steps(results),
             f"{interval} Equal steps for every arm. The deviation over depths squared is the positional variance.",
         ),
-        html.section("What must hold", _verdicts(results)) if results["verdicts"] else "",
-        html.section("Limits", limits),
+        html.section("What must hold", verdict_table(results, results["verdicts"])) if results["verdicts"] else "",
+        html.section("Limits", html_list(results["limits"])),
         *_figure_sections(results, figures),
         *_equal_time(results),
         *_hard_label(results),
-        html.section("Cost of every arm", _cost_table(results, names, "Means over seeds.")),
+        html.section("Cost of every arm", cost_table(results, names, "Means over seeds.")),
         html.section("The same runs from a shell", html.code_block("\n\n".join(commands))),
-        html.section(
-            "Versions", html.table(["software", "version"], list(results["versions"].items()), text_columns=2)
-        ),
+        versions_section(results),
     )

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,8 @@ def collect_right(records: Records, lengths: Sequence[int]) -> dict[str, dict[in
     }
 
 
-def _scored(right: np.ndarray) -> dict:
+def scored(right: np.ndarray) -> dict:
+    """Accuracy, its spread over depths, and both by seed, of right answers [S, N, D] at one length."""
     estimate = scores.bootstrap
     return {
         "accuracy": dataclasses.asdict(estimate(scores.mean_accuracy, right)),
@@ -54,44 +55,68 @@ def _scored(right: np.ndarray) -> dict:
     }
 
 
+def run_result(
+    title: str, flags: Sequence[str], records: Mapping[int, Mapping], by_length: Mapping[int, np.ndarray]
+) -> dict:
+    """A model's entry in results.json: its scores, and its runs by seed.
+
+    Args:
+        records: of its runs, by seed.
+        by_length: its right answers [S, N, D] by exam length.
+    """
+    return {
+        "title": title,
+        "flags": list(flags),
+        "exams": {str(length): scored(right) for length, right in by_length.items()},
+        "runs": {str(seed): {name: record[name] for name in RUN_FIELDS} for seed, record in records.items()},
+        "command": next(iter(records.values()))["command"],
+    }
+
+
+def base_results(records: Mapping[int, Mapping], window: int) -> dict:
+    """A base's accuracy at its own window and its runs, by seed."""
+    return {
+        str(seed): {
+            "accuracy": float(right_answers(record, window).mean()),
+            **{name: record[name] for name in RUN_FIELDS},
+        }
+        for seed, record in records.items()
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what computes the numbers."""
+    names = ("megatron-core", "torch", "numpy")
+    return {"Python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+
+
 def make_results(settings: Settings, records: Records, lengths: Sequence[int]) -> dict:
     """What results.json holds: per arm, seed and length, and the verdicts."""
     right = collect_right(records, lengths)
-    window = settings.base.seq_length
     arms = {
         arm: {
-            "title": ARMS[arm].title,
-            "flags": list(ARMS[arm].flags),
+            **run_result(ARMS[arm].title, ARMS[arm].flags, _of(records, arm), by_length),
             "time_of": ARMS[arm].time_of,
             "same_as": ARMS[arm].same_as,
-            "exams": {str(length): _scored(of_length) for length, of_length in by_length.items()},
-            "runs": {str(seed): {name: of_seed[arm][name] for name in RUN_FIELDS} for seed, of_seed in records.items()},
-            "command": next(iter(records.values()))[arm]["command"],
         }
         for arm, by_length in right.items()
-    }
-    base = {
-        str(seed): {
-            "accuracy": float(right_answers(of_seed["base"], window).mean()),
-            **{name: of_seed["base"][name] for name in RUN_FIELDS},
-        }
-        for seed, of_seed in records.items()
     }
     return {
         "settings": dataclasses.asdict(settings),
         "seeds": list(records),
         "lengths": list(lengths),
-        "base": base,
+        "base": base_results(_of(records, "base"), settings.base.seq_length),
         "base_command": next(iter(records.values()))["base"]["command"],
         "arms": arms,
         "verdicts": [{**dataclasses.asdict(one), "margin": one.margin} for one in scores.judge(right)],
         "limits": list(LIMITS),
-        "versions": {
-            "Python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("megatron-core", "torch", "numpy")},
-        },
+        "versions": versions(),
         "cores": len(os.sched_getaffinity(0)),
     }
+
+
+def _of(records: Records, name: str) -> dict[int, Mapping]:
+    return {seed: of_seed[name] for seed, of_seed in records.items()}
 
 
 def write_results(output: Path, settings: Settings, records: Records, lengths: Sequence[int]) -> dict:
@@ -99,12 +124,21 @@ def write_results(output: Path, settings: Settings, records: Records, lengths: S
     from examples.lab.report import build_page, draw_figures
 
     results = make_results(settings, records, lengths)
-    figures = draw_figures(results)
+    write_report(output, results, draw_figures(results), build_page)
+    return results
+
+
+def write_report(
+    output: Path,
+    results: Mapping,
+    figures: Mapping[str, bytes],
+    build_page: Callable[[Mapping, Mapping[str, bytes]], str],
+) -> None:
+    """results.json, the page and its figures as PNGs; each written aside and renamed."""
     for name, png in figures.items():
         replace_file(output / f"{name}.png", png)
     replace_file(output / "report.html", build_page(results, figures).encode())
     write_json(output / "results.json", results)
-    return results
 
 
 def mean_of_runs(arm: Mapping, name: str) -> float:

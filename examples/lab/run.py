@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from examples.lab.arms import ARMS, MAIN_ARMS, needed_arms
@@ -22,22 +22,29 @@ from examples.quickstart.console import StageFailed, only_run, terminate_as_inte
 from megatron_rpsd.training.errors import fail, one_line_errors, quiet_parser
 
 
-def _numbers(flag: str, least: int) -> Callable[[str], tuple[int, ...]]:
+def numbers(example: str, least: int) -> Callable[[str], tuple[int, ...]]:
+    """A parser of whole numbers from `least` on, such as the example, for argparse."""
+
     def parse(typed: str) -> tuple[int, ...]:
         words = typed.replace(",", " ").split()
         if not words or not all(word.isdigit() and int(word) >= least for word in words):
-            raise argparse.ArgumentTypeError(f"{typed!r}: give whole numbers of at least {least}, such as {flag}")
+            raise argparse.ArgumentTypeError(f"{typed!r}: give whole numbers of at least {least}, such as {example}")
         return tuple(sorted({int(word) for word in words}))
 
     return parse
 
 
-def _arm_names(typed: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(typed.replace(",", " ").split()))
-    unknown = [name for name in names if name not in ARMS]
-    if unknown or not names:
-        raise argparse.ArgumentTypeError(f"{typed!r} names no arm: choose from {', '.join(ARMS)}")
-    return names
+def names_among(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """A parser of names of arms, for argparse."""
+
+    def parse(typed: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(typed.replace(",", " ").split()))
+        unknown = [name for name in names if name not in known]
+        if unknown or not names:
+            raise argparse.ArgumentTypeError(f"{typed!r} names no arm: choose from {', '.join(known)}")
+        return names
+
+    return parse
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -47,24 +54,35 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="One seed.")
     parser.add_argument(
         "--arms",
-        type=_arm_names,
+        type=names_among(tuple(ARMS)),
         default=MAIN_ARMS,
         metavar="A,B",
         help=f"Of {', '.join(ARMS)}. Default: the main arms.",
     )
-    seeds = ",".join(str(seed) for seed in SEEDS)
+    add_exams(parser, SEEDS, LENGTHS, "The lab's settings were chosen on 0, 1 and 2.")
+    return parse_exams(parser, SEEDS, argv)
+
+
+def add_exams(parser: argparse.ArgumentParser, seeds: Sequence[int], lengths: Sequence[int], about_seeds: str) -> None:
+    """--seeds and --lengths."""
+    shown = ",".join(map(str, seeds))
     parser.add_argument(
-        "--seeds", type=_numbers(seeds, 0), default=None, metavar=seeds,
-        help=f"Default: {seeds}. The lab's settings were chosen on 0, 1 and 2.",
-    )  # fmt: skip
+        "--seeds", type=numbers(shown, 0), default=None, metavar=shown, help=f"Default: {shown}. {about_seeds}"
+    )
     parser.add_argument(
-        "--lengths", type=_numbers("512,1024", 256), default=LENGTHS, metavar="512,1024",
-        help="Of the exams, in tokens. Default: 512,1024,2048.",
+        "--lengths", type=numbers("512,1024", 256), default=lengths, metavar="512,1024",
+        help=f"Of the exams, in tokens. Default: {','.join(map(str, lengths))}.",
     )  # fmt: skip
+
+
+def parse_exams(
+    parser: argparse.ArgumentParser, seeds: Sequence[int], argv: Sequence[str] | None
+) -> argparse.Namespace:
+    """The command line; --quick runs the first of `seeds` unless another one is named."""
     args = quiet_parser(parser).parse_args(argv)
     if args.quick and args.seeds and len(args.seeds) > 1:
         fail(f"--quick runs one seed, --seeds names {len(args.seeds)}: leave one of the two out")
-    args.seeds = args.seeds or (SEEDS[:1] if args.quick else SEEDS)
+    args.seeds = args.seeds or tuple(seeds[:1] if args.quick else seeds)
     return args
 
 
@@ -98,25 +116,34 @@ def check_output(output: Path) -> None:
             raise ValueError(f"--output {output} holds other things ({entry.name}); name a new or an empty folder")
 
 
-def main() -> None:
-    args = parse_arguments()
+def run_and_report(run: Callable[[], Mapping], output: Path, full: bool) -> None:
+    """Run, print the summary, and leave with code 1 if this is a full run and something did not hold."""
     terminate_as_interrupt()
     from examples.lab.results import failed_expectations, summary_lines
 
     try:
         with one_line_errors():
-            results = run_lab(args.output, Settings(), args.seeds, args.arms, args.lengths)
+            results = run()
     except StageFailed as failed:
         fail(str(failed))
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
     print("\n" + "\n".join(summary_lines(results)))
-    print(f"\nReport: {args.output / 'report.html'}   figures: {args.output / 'results.json'}")
+    print(f"\nReport: {output / 'report.html'}   figures: {output / 'results.json'}")
     failed = failed_expectations(results)
-    if failed and len(args.seeds) >= len(SEEDS):
+    if failed and full:
         print("error: " + "; ".join(failed), file=sys.stderr)
         raise SystemExit(1)
+
+
+def main() -> None:
+    args = parse_arguments()
+    run_and_report(
+        lambda: run_lab(args.output, Settings(), args.seeds, args.arms, args.lengths),
+        args.output,
+        full=len(args.seeds) >= len(SEEDS),
+    )
 
 
 if __name__ == "__main__":

@@ -87,7 +87,8 @@ class Expectation:
         return value <= self.bound if self.at_most else value >= self.bound
 
 
-def _gap(better: np.ndarray, other: np.ndarray) -> float:
+def gap(better: np.ndarray, other: np.ndarray) -> float:
+    """How much more accurate one arm is than another; both [S, N, D]."""
     return mean_accuracy(better) - mean_accuracy(other)
 
 
@@ -96,12 +97,12 @@ def _deviation_ratio(ours: np.ndarray, other: np.ndarray) -> float:
 
 
 EXPECTATIONS = (
-    Expectation("RPSD skip - Standard, accuracy at 512", 512, ("rpsd-skip", "standard"), _gap, 0.20),
+    Expectation("RPSD skip - Standard, accuracy at 512", 512, ("rpsd-skip", "standard"), gap, 0.20),
     Expectation("RPSD skip, accuracy at 512", 512, ("rpsd-skip",), mean_accuracy, 0.90),
     Expectation("deviation over depths at 512, RPSD skip / Standard", 512, ("rpsd-skip", "standard"),
                 _deviation_ratio, 0.50, at_most=True),
-    Expectation("RPSD skip - Standard, accuracy at 1,024", 1024, ("rpsd-skip", "standard"), _gap, 0.30),
-    Expectation("RPSD skip - PoSE, accuracy at 1,024", 1024, ("rpsd-skip", "pose"), _gap, 0.03),
+    Expectation("RPSD skip - Standard, accuracy at 1,024", 1024, ("rpsd-skip", "standard"), gap, 0.30),
+    Expectation("RPSD skip - PoSE, accuracy at 1,024", 1024, ("rpsd-skip", "pose"), gap, 0.03),
 )  # fmt: skip
 
 
@@ -122,10 +123,12 @@ class Verdict:
         return (self.bound - self.estimate.value) if self.at_most else (self.estimate.value - self.bound)
 
 
-def judge(right: Mapping[str, Mapping[int, np.ndarray]]) -> list[Verdict]:
+def judge(
+    right: Mapping[str, Mapping[int, np.ndarray]], expectations: Sequence[Expectation] = EXPECTATIONS
+) -> list[Verdict]:
     """A verdict for every expectation whose arms and length were run; `right` is arm -> length -> [S, N, D]."""
     verdicts = []
-    for expected in EXPECTATIONS:
+    for expected in expectations:
         if all(expected.length in right.get(arm, {}) for arm in expected.arms):
             arrays = [right[arm][expected.length] for arm in expected.arms]
             estimate = bootstrap(expected.statistic, *arrays)

@@ -36,7 +36,6 @@ from megatron_rpsd.positions import View
 from megatron_rpsd.ruler.answers import bos_of_tokenizer, forced_tokens, gold_answer
 from megatron_rpsd.ruler.counting import TokenCounter
 from megatron_rpsd.ruler.generate import beside
-from megatron_rpsd.runs.folder import RunFolder
 from megatron_rpsd.training.arms import suffix_unit
 from megatron_rpsd.training.batch import ViewBatch, make_view_batch
 from megatron_rpsd.training.forward_step import ForwardStep
@@ -269,9 +268,7 @@ class RulerScores:
 
 
 def log_scores(args: argparse.Namespace, iteration: int, values: dict[str, float]) -> None:
-    """A line of the log, tensorboard's and wandb's scalars where Megatron writes its own, and with --run-dir one line
-    of its metrics from rank 0.
-    """
+    """A line of the log, and scalars where Megatron writes its own: tensorboard, the run folder's metrics, wandb."""
     print_rank_last(f" ruler at iteration {iteration} | " + "".join(f"{k}: {v:.6E} | " for k, v in values.items()))
     writer, wandb = get_tensorboard_writer(), get_wandb_writer()
     for name, value in values.items():
@@ -280,10 +277,6 @@ def log_scores(args: argparse.Namespace, iteration: int, values: dict[str, float
             writer.add_scalar(f"{name} validation vs samples", value, args.consumed_train_samples)
         if wandb:
             wandb.log({f"{name} validation": value}, iteration)
-    if args.run_dir is not None and args.rank == 0:
-        line = {"iteration": iteration, "consumed_samples": args.consumed_train_samples, "ruler": values}
-        with RunFolder(args.run_dir).metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
 
 
 def ruler_scores_from_args(

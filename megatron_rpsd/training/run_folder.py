@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from megatron_rpsd.runs.checkpoints import TRACKER, trust_newest
 from megatron_rpsd.runs.folder import RunFolder
+from megatron_rpsd.runs.metrics import flush_metrics, write_metrics
 from megatron_rpsd.runs.saving import Keeping, guard_saving
 from megatron_rpsd.runs.steps import POLICIES, SampleWatch, StepGuard, guard_steps
 from megatron_rpsd.runs.stopping import leave_when_asked
@@ -132,6 +133,8 @@ def guarded(args: argparse.Namespace, forward_step: Callable) -> Callable:
         leave_when_asked(RunFolder(args.run_dir).stop)
         if args.rank == 0:
             record_start(args)
+        if args.rank == args.world_size - 1:  # where Megatron has its tensorboard writer
+            write_metrics(RunFolder(args.run_dir).metrics)
     return watch
 
 
@@ -179,6 +182,7 @@ def _git_state() -> dict | None:
 def mark_finished(args: argparse.Namespace) -> None:
     """Say that nothing is left to do; and no alarm rings any more."""
     faulthandler.cancel_dump_traceback_later()
+    flush_metrics()
     if args.run_dir is not None and args.rank == 0:
         run = RunFolder(args.run_dir)
         partial = run.finished.with_suffix(".partial")
