@@ -49,8 +49,8 @@ def main() -> None:
             raise ValueError(f"--output {args.output} must end in .json")
         from megatron_rpsd.analysis.attention_mass import MassSettings
         from megatron_rpsd.analysis.attention_study import run_study
+        from megatron_rpsd.data.files import replace_file, write_json
         from megatron_rpsd.report.attention_mass import attention_figure
-        from megatron_rpsd.report.files import replace_file, write_json
 
         models = [args.hf, *([args.compare_with] if args.compare_with else [])]
         settings = MassSettings(args.sink_tokens, args.local_window, args.query_rows, args.chunk_tokens)

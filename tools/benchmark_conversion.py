@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_rpsd.report.files import write_json
+from megatron_rpsd.data.files import write_json
 from megatron_rpsd.training.errors import one_line_errors, quiet_parser
 from megatron_rpsd.training.main import choose_device
 

@@ -8,8 +8,8 @@ python tools/benchmark_documents.py --seq-length 4096 --document-lengths 64 256 
 import argparse
 import sys
 
+from megatron_rpsd.data.files import write_json
 from megatron_rpsd.planning.document_costs import measure_packs, rank_imbalance
-from megatron_rpsd.report.files import write_json
 from megatron_rpsd.training.errors import one_line_errors, quiet_parser
 
 

@@ -8,9 +8,9 @@ python tools/benchmark_loss.py --tokens 2048 --hidden 1024 --vocab 128256 --tens
 import argparse
 import sys
 
+from megatron_rpsd.data.files import write_json
 from megatron_rpsd.loss import DEFAULT_CHUNK_BYTES
 from megatron_rpsd.planning.loss_costs import LossSizes, measure_loss_costs
-from megatron_rpsd.report.files import write_json
 from megatron_rpsd.training.errors import one_line_errors, quiet_parser
 
 

@@ -8,8 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_rpsd.data.files import write_json
 from megatron_rpsd.planning.ruler_costs import measure_prompts
-from megatron_rpsd.report.files import write_json
 from megatron_rpsd.training.errors import one_line_errors, quiet_parser
 
 

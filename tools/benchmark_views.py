@@ -7,9 +7,9 @@ python tools/benchmark_views.py --seq-length 4096 --vocab-size 4096 --output run
 import argparse
 import sys
 
+from megatron_rpsd.data.files import write_json
 from megatron_rpsd.planning import ModelShape
 from megatron_rpsd.planning.view_costs import CostSettings, measure_view_costs
-from megatron_rpsd.report.files import write_json
 from megatron_rpsd.training.errors import one_line_errors, quiet_parser
 from megatron_rpsd.training.main import choose_device
 

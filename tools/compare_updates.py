@@ -23,7 +23,7 @@ from megatron_rpsd.analysis.updates import (
     update_record,
 )
 from megatron_rpsd.checkpoint.partial_folder import partial_folder
-from megatron_rpsd.report.files import replace_file, write_json
+from megatron_rpsd.data.files import replace_file, write_json
 from megatron_rpsd.report.instruments import update_curves, update_heat_maps
 from megatron_rpsd.training.errors import one_line_errors, quiet_parser
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_rpsd.data.audit import Reading, audit
+from megatron_rpsd.data.files import replace_file
 from megatron_rpsd.data.manifest import check_files
 from megatron_rpsd.data.samples import Order, Samples
 from megatron_rpsd.positions import PERTURBATIONS, StepShape, ViewSampler
 from megatron_rpsd.report import html
-from megatron_rpsd.report.files import replace_file
 from megatron_rpsd.training.errors import one_line_errors, quiet_parser
 
 

@@ -9,9 +9,9 @@ import sys
 
 import numpy as np
 
+from megatron_rpsd.data.files import write_json
 from megatron_rpsd.planning.split_variance import kl_gradient_norms, variance_ratio
 from megatron_rpsd.positions import ViewSampler
-from megatron_rpsd.report.files import write_json
 from megatron_rpsd.training.errors import one_line_errors, quiet_parser
 from megatron_rpsd.training.main import choose_device
 

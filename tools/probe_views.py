@@ -11,10 +11,10 @@ import sys
 import numpy as np
 
 from megatron_rpsd.checkpoint.hf_folder import HFFolder
+from megatron_rpsd.data.files import write_json
 from megatron_rpsd.evaluation.launch import run_on_local_ranks
 from megatron_rpsd.evaluation.probe import ParallelLayout, check_layout, probe_on_this_rank
 from megatron_rpsd.evaluation.requests import check_heads, read_tokens, view_of
-from megatron_rpsd.report.files import write_json
 from megatron_rpsd.training.errors import one_line_errors, quiet_parser
 
 

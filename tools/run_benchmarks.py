@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_rpsd.report.files import write_json
+from megatron_rpsd.data.files import write_json
 from megatron_rpsd.training.errors import one_line_errors, quiet_parser
 
 COMMANDS = {

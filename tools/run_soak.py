@@ -10,7 +10,7 @@ import sys
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
-from megatron_rpsd.report.files import write_json
+from megatron_rpsd.data.files import write_json
 from megatron_rpsd.training.errors import one_line_errors, quiet_parser
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import matplotlib
 from tqdm import tqdm
 
+from megatron_rpsd.data.files import write_json
 from megatron_rpsd.planning.split_waiting import expected_step_time
-from megatron_rpsd.report.files import write_json
 from megatron_rpsd.training.errors import one_line_errors, quiet_parser
 
 matplotlib.use("Agg")

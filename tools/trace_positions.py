@@ -18,7 +18,7 @@ from tqdm import tqdm
 from megatron_rpsd.analysis.trace import SCOPES, Trace, TraceSettings, load_traced_model, trace_positions, trace_record
 from megatron_rpsd.analysis.trace import model_folder as traced_folder
 from megatron_rpsd.checkpoint.partial_folder import partial_folder, refuse_existing
-from megatron_rpsd.report.files import replace_file, write_json
+from megatron_rpsd.data.files import replace_file, write_json
 from megatron_rpsd.report.instruments import divergence_curves, trace_heat_maps
 from megatron_rpsd.training.errors import one_line_errors, quiet_parser
 

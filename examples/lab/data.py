@@ -19,7 +19,7 @@ from examples.lab.language import (
     repetition_document,
 )
 from examples.lab.settings import Settings
-from megatron_rpsd.report.files import replace_file
+from megatron_rpsd.data.files import replace_file
 
 # What a generator is for; with the seed, its key.
 _BASE, _ADAPT, _EXAM = 0, 1, 2

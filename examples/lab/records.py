@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_rpsd.report.files import write_json
+from megatron_rpsd.data.files import write_json
 
 _ITERATION = re.compile(r"iteration +(\d+)/ *(\d+) \|")
 _FIELD = re.compile(r" ([a-z][a-z ()]*?): +([-+0-9.eE]+|nan|inf) \|")

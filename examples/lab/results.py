@@ -15,7 +15,7 @@ from examples.lab import scores
 from examples.lab.arms import ARMS
 from examples.lab.records import right_answers
 from examples.lab.settings import Settings
-from megatron_rpsd.report.files import replace_file, write_json
+from megatron_rpsd.data.files import replace_file, write_json
 
 LIMITS = (
     "Deviation over depths means something only where no arm is on the floor: at 512 tokens.",

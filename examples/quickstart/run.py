@@ -40,10 +40,10 @@ from examples.quickstart.report import NAMES, build_page, summary_lines
 from examples.quickstart.results import Probed, missing_effect, summarise
 from examples.quickstart.settings import ARMS, Paths, Settings, prepare_output, remove
 from examples.quickstart.text import held_out_windows, save_windows, split_sources, write_training_text
+from megatron_rpsd.data.files import replace_file, write_json
 from megatron_rpsd.evaluation.logits import compare_logits, megatron_logits, transformers_logits
 from megatron_rpsd.evaluation.windows import probe_windows
 from megatron_rpsd.positions import skip_view
-from megatron_rpsd.report.files import replace_file, write_json
 from megatron_rpsd.report.metrics import Series, read_scalars
 from megatron_rpsd.training.errors import fail, one_line_errors, quiet_parser
 

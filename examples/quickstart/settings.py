@@ -9,7 +9,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_rpsd.report.files import write_json
+from megatron_rpsd.data.files import write_json
 
 ARMS = ("rpsd", "standard")
 

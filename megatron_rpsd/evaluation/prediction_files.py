@@ -6,15 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_rpsd.data.files import replace_file
 from megatron_rpsd.evaluation.samples import Prepared, Sample
-
-
-def write_whole(path: Path, text: str) -> None:
-    """`text` at `path`, whole or not at all, whatever was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")  # one name, so that a killed run's is written over
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def count_lines(folder: Path, name: str) -> int:
@@ -92,4 +85,4 @@ class PredictionFile:
         self.close()
         text = "".join(json.dumps(self.lines[sample.id]) + "\n" for sample in self.samples)
         if not self.path.is_file() or self.path.read_bytes() != text.encode():
-            write_whole(self.path, text)
+            replace_file(self.path, text.encode())

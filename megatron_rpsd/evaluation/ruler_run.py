@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from megatron_rpsd.data.files import write_json
 from megatron_rpsd.evaluation.engines.base import Engine
-from megatron_rpsd.evaluation.prediction_files import PredictionFile, write_whole
+from megatron_rpsd.evaluation.prediction_files import PredictionFile
 from megatron_rpsd.evaluation.samples import Sample, load_prepared
 
 _NOT_COMPARED = ("command", "prepared")
@@ -126,7 +127,7 @@ def check_run(output: Path, provenance: dict) -> dict:
 
 def write_run(output: Path, run: dict) -> None:
     """OUTPUT/run.json, before the first prediction."""
-    write_whole(output / "run.json", json.dumps(run, indent=2) + "\n")
+    write_json(output / "run.json", run)
 
 
 def ask(
@@ -186,7 +187,7 @@ def _note_seconds(path: Path, name: str, samples: int, seconds: float) -> None:
     entry = timing.setdefault(name, {"samples": 0, "seconds": 0.0})
     entry["samples"] += samples
     entry["seconds"] = round(entry["seconds"] + seconds, 3)
-    write_whole(path, json.dumps(timing, indent=2) + "\n")
+    write_json(path, timing)
 
 
 def total_seconds(output: Path) -> float:

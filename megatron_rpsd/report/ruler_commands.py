@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_rpsd.report.files import replace_file, write_json
+from megatron_rpsd.data.files import replace_file, write_json
 
 
 def run_evaluation(args: argparse.Namespace) -> int:

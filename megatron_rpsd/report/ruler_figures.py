@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from megatron_rpsd.data.files import replace_file
 from megatron_rpsd.report.figures import _png
-from megatron_rpsd.report.files import replace_file
 from megatron_rpsd.report.ruler_scores import (
     RULER_MEAN,
     Row,

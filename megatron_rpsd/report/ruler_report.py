@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from megatron_rpsd.data.files import replace_file
 from megatron_rpsd.report import html
-from megatron_rpsd.report.files import replace_file
 from megatron_rpsd.report.ruler_figures import (
     deviation_difference_map,
     difference_map,

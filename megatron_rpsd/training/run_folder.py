@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_rpsd.runs.checkpoints import TRACKER, trust_newest
+from megatron_rpsd.data.files import replace_file, write_json
+from megatron_rpsd.runs.checkpoints import trust_newest
 from megatron_rpsd.runs.folder import RunFolder
 from megatron_rpsd.runs.metrics import flush_metrics, write_metrics
 from megatron_rpsd.runs.saving import Keeping, guard_saving
@@ -141,10 +142,7 @@ def guarded(args: argparse.Namespace, forward_step: Callable) -> Callable:
 def record_start(args: argparse.Namespace) -> None:
     """Write the resolved arguments, and add where, with what and by which command this start was made."""
     run = RunFolder(args.run_dir)
-    run.path.mkdir(parents=True, exist_ok=True)
-    partial = run.arguments.with_suffix(".partial")
-    partial.write_text(json.dumps(vars(args), indent=1, sort_keys=True, default=str) + "\n", encoding="utf-8")
-    partial.rename(run.arguments)
+    replace_file(run.arguments, (json.dumps(vars(args), indent=1, sort_keys=True, default=str) + "\n").encode())
     start = {
         "time": time.time(),
         "command": sys.argv,
@@ -184,12 +182,4 @@ def mark_finished(args: argparse.Namespace) -> None:
     faulthandler.cancel_dump_traceback_later()
     flush_metrics()
     if args.run_dir is not None and args.rank == 0:
-        run = RunFolder(args.run_dir)
-        partial = run.finished.with_suffix(".partial")
-        partial.write_text(json.dumps({"iteration": args.train_iters, "time": time.time()}) + "\n", encoding="utf-8")
-        partial.rename(run.finished)
-
-
-def resumes(args: argparse.Namespace) -> bool:
-    """Whether the run folder holds a checkpoint to go on from."""
-    return args.run_dir is not None and (RunFolder(args.run_dir).checkpoints / TRACKER).is_file()
+        write_json(RunFolder(args.run_dir).finished, {"iteration": args.train_iters, "time": time.time()})
