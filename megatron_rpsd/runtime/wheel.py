@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import queue
 
 import torch
 from megatron.core.datasets import helpers_cpp  # noqa: F401  fails here, clearly, where the wheel lacks its binary
 from megatron.core.datasets import utils as dataset_utils
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import distrib_optimizer
+from megatron.training import global_vars
 
 _REPAIRED = "_repaired_by_megatron_rpsd"
 
@@ -18,6 +21,7 @@ def repair_wheel() -> None:
     _give_torch_adam_a_state_before_loading()
     _give_every_parameter_a_step_count_of_its_own()
     _load_fp32_shards_without_autograd()
+    _save_without_a_process_for_the_results()
 
 
 def _use_prebuilt_dataset_helpers() -> None:
@@ -89,3 +93,26 @@ def _load_fp32_shards_without_autograd() -> None:
         repaired = torch.no_grad()(original)
         setattr(repaired, _REPAIRED, True)
         cls._set_main_param_and_optimizer_states = repaired
+
+
+def _save_without_a_process_for_the_results() -> None:
+    """Keep a rank's first checkpoint from starting a Python of its own.
+
+    What was written comes back through a queue that a spawned server process holds; that process imports the run's main
+    module first, torch and Megatron with it: seconds a rank, and memory. A save that is not asynchronous writes in
+    the rank's own threads, for which a plain queue does. Ends when upstream starts the server for asynchronous saves
+    alone.
+    """
+    original = filesystem_async.get_write_results_queue
+    if hasattr(original, _REPAIRED):
+        return
+
+    @functools.wraps(original)
+    def get_write_results_queue(*args, **kwargs):
+        settled = global_vars._GLOBAL_ARGS
+        if settled is not None and settled.async_save:
+            return original(*args, **kwargs)
+        return queue.SimpleQueue()
+
+    setattr(get_write_results_queue, _REPAIRED, True)
+    filesystem_async.get_write_results_queue = get_write_results_queue

@@ -10,13 +10,14 @@ import torch
 
 from megatron_rpsd.checkpoint.convert import export_hf, import_hf
 from megatron_rpsd.training.saved_checkpoint import saved_arguments
-from tests.distributed import training_job
+from tests.distributed import test_packed_runs, training_job
 from tests.distributed.corpus import run_arguments, write_corpus
 from tests.distributed.test_frozen_dims import tensors
 from tests.distributed.test_lengths import NAMES, scalars
 from tests.distributed.test_training import DISTRIBUTED_OPTIMIZER, TP2
 
 SHORT, LONG = "short:theta=100,seq=8,samples=12", "long:theta=50000,seq=32"  # 12 samples are three steps
+prefix = test_packed_runs.prefix  # short documents, each closed by EOD
 FIGURES = [name for name in NAMES if name != "mean length"]
 
 
@@ -86,6 +87,28 @@ def test_a_phase_reads_its_own_data_at_its_own_base(ranks, place, tmp_path):
     assert run["lm loss"][3:] == at_base["lm loss"]
     assert run["mean shift"][3:] != at_base["mean shift"]  # views go by the sample's index in the run
     assert run["lm loss"][:3] != at_base["lm loss"]
+
+
+def test_phases_meet_a_teacher_and_cut_documents(ranks, place, prefix, tmp_path):
+    """The teacher is the student at its own base: it teaches where a phase has another base, and nothing else."""
+    packed = ["--packing", "document-mask", "--data-path", str(prefix), "--lr", "0", "--min-lr", "0", *TP2]
+    taught = ["--objective", "distill", "--teacher-checkpoint", str(place / "checkpoint")]
+    names = ("lm loss", "teacher kl", "documents per sequence", "masked border share")
+    runs = {}
+    for name, steps, flags in (
+        ("phases", 5, ["--rope-phases", f"{SHORT};long:theta=10000,seq=32"]),
+        ("first", 3, ["--seq-length", "32", "--length-mix", "1:8", "--rotary-base", "100"]),
+    ):
+        log = ["--tensorboard-dir", str(tmp_path / name)]
+        ranks.run(2, training_job.train, [*arguments(place, 5), *packed, *taught, *flags, *log,
+                                          "--exit-interval", str(steps)])  # fmt: skip
+        runs[name] = {key: scalars(tmp_path / name, key) for key in names}
+    for key in names:
+        assert runs["phases"][key][:3] == runs["first"][key], key
+    taught_by = runs["phases"]["teacher kl"]
+    assert min(taught_by[:3]) > 0.01 and taught_by[3:] == [0, 0]
+    borders = runs["phases"]["masked border share"]
+    assert min(borders) > 0 and len(set(borders)) > 2
 
 
 REFUSED = {
