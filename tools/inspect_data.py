@@ -2,7 +2,7 @@
 """What training reads of P.bin: samples decoded, their documents and losses, and the positions of both views.
 
 Writes a page with pictures, or traces a token to its file. Samples are consecutive windows of the .bin; with
---train-samples N they are those of a run of N samples, in Megatron's order for its --seed and --split.
+--train-samples N those of a run of N samples for its --seed and --split. A file for --data-args-path is --data, too.
 
 Example (--trace 3 1000 in place of --output prints where token 1000 of sample 3 came from):
     python tools/inspect_data.py --data data/books --tokenizer models/smollm2 --seq-length 8192 --output runs/books
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_rpsd.data.audit import Reading, audit
 from megatron_rpsd.data.files import replace_file
 from megatron_rpsd.data.manifest import check_files
-from megatron_rpsd.data.samples import Order, Samples
+from megatron_rpsd.data.samples import Order, data_prefixes, read_samples
 from megatron_rpsd.positions import PERTURBATIONS, StepShape, ViewSampler
 from megatron_rpsd.report import html
 from megatron_rpsd.training.errors import one_line_errors, quiet_parser
@@ -50,10 +50,10 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     if not (args.trace or args.output or args.verify):
         raise ValueError("nothing to do: give --output DIR for the page, --trace SAMPLE TOKEN, or --verify")
-    if args.verify:
-        check_files(args.data)
+    for prefix in data_prefixes(args.data) if args.verify else ():
+        check_files(prefix)
     order = None if args.train_samples is None else Order(args.seed, args.split, args.train_samples)
-    samples = Samples(args.data, args.seq_length, order)
+    samples = read_samples(args.data, args.seq_length, order)
     encoder = samples.encoder(args.tokenizer, args.tiktoken_pattern)
     if args.trace is not None:
         for name, value in vars(samples.trace(*args.trace, encoder)).items():

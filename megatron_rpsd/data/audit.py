@@ -10,7 +10,7 @@ import torch
 
 from megatron_rpsd.data.encoders import Encoder
 from megatron_rpsd.data.pictures import draw_views
-from megatron_rpsd.data.samples import Samples
+from megatron_rpsd.data.samples import BlendedSamples, Samples
 from megatron_rpsd.positions import (
     SPLIT_VIEWS,
     Documents,
@@ -51,17 +51,18 @@ class Audited:
     """first token, tokens, decoded beginning and end"""
 
 
-def audit(samples: Samples, sample: int, encoder: Encoder, reading: Reading) -> Audited:
+def audit(samples: Samples | BlendedSamples, sample: int, encoder: Encoder, reading: Reading) -> Audited:
     """The audit of one sample."""
-    ids = samples.ids(sample)
+    source, place = samples.at(sample)
+    ids = source.ids(place)
     tokens = torch.from_numpy(ids[:-1])
-    length, eod = len(tokens), samples.manifest.eod_id
+    length, eod = len(tokens), source.manifest.eod_id
     numbers = document_ids(tokens, -1 if eod is None else eod)
     documents = Documents.of_ids(numbers[None])
     mask = np.ones(length)
     if reading.eod_mask_loss and eod is not None:
         mask[ids[:-1] == eod] = 0
-    padding = samples.manifest.padding_id
+    padding = source.manifest.padding_id
     if padding is not None and padding != eod:
         mask[ids[1:] == padding] = 0
     if reading.perturb_documents:
@@ -77,6 +78,7 @@ def audit(samples: Samples, sample: int, encoder: Encoder, reading: Reading) -> 
     )
     suffix = view.suffix(length).numpy()
     facts = {
+        "data": source.prefix,
         "documents": len(documents.lengths(0)),
         "tokens with a CLM loss": int(mask.sum()),
         "tokens with a KL": int((mask * suffix).sum()) if kl_weight else 0,

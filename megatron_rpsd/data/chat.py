@@ -5,6 +5,11 @@
             <|im_start|>user\\n2 + 2?<|im_end|>\\n<|im_start|>assistant\\n4<|im_end|>\\n
     mask                                                              1 1
 
+A line may hold several conversations behind one another. "starts", the numbers of their first messages, tells them
+apart; without it each system message begins a new one (Megatron's convention):
+
+    {"messages": [USER, ASSISTANT, USER, ASSISTANT, ASSISTANT], "starts": [0, 2]}
+
 The text comes from the tokenizer's own chat template. A template with {% generation %} marks says itself what the
 assistant produces. For any other one the conversation is rendered in growing parts: what follows the prompt for an
 assistant turn (`add_generation_prompt`) is that turn, its end-of-turn token included; white space that the template
@@ -17,17 +22,20 @@ import json
 import re
 from array import array
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from jinja2.exceptions import TemplateError
 
+from megatron_rpsd.data.documents import has_half_pair
+
 ROLES = ("system", "user", "assistant", "tool")
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-def parse_conversation(raw: bytes, label: str) -> list[dict]:
-    """The messages of a JSONL line.
+def parse_conversations(raw: bytes, label: str) -> list[list[dict]]:
+    """The conversations of a JSONL line, each as its messages.
 
     Raises:
         ValueError: what is wrong with the line, behind `label` (file:line).
@@ -42,16 +50,31 @@ def parse_conversation(raw: bytes, label: str) -> list[dict]:
     if not isinstance(messages, list) or not messages:
         raise ValueError(f'{label} has no "messages": a line is {{"messages": [{{"role": ..., "content": ...}}, ...]}}')
     for turn, message in enumerate(messages, start=1):
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ROLES:
-            raise ValueError(f"{label}, turn {turn}: the role is {role!r}; known roles are {', '.join(ROLES)}")
-        if not isinstance(message.get("content") or "", str):
-            raise ValueError(f"{label}, turn {turn}: the content is no text")
-        if role == "assistant" and not (message.get("content") or message.get("tool_calls")):
-            raise ValueError(f"{label}, turn {turn}: the assistant's turn is empty")
+        _check_message(message, f"{label}, turn {turn}")
     if all(message["role"] != "assistant" for message in messages):
         raise ValueError(f"{label} has no assistant turn: there is nothing to learn")
-    return messages
+    starts = record.get("starts")
+    if starts is None:
+        return split_conversations(messages)
+    whole = isinstance(starts, list) and all(type(start) is int for start in starts)
+    if not whole or starts[:1] != [0] or starts != sorted(set(starts)) or starts[-1] >= len(messages):
+        raise ValueError(
+            f'{label}: "starts" is {json.dumps(starts):.60}; it must be [0, ...], ascending numbers of first messages '
+            f"below {len(messages)}"
+        )
+    return [messages[start:stop] for start, stop in pairwise([*starts, len(messages)])]
+
+
+def _check_message(message: object, where: str) -> None:
+    role = message.get("role") if isinstance(message, dict) else None
+    if role not in ROLES:
+        raise ValueError(f"{where}: the role is {role!r}; known roles are {', '.join(ROLES)}")
+    if not isinstance(message.get("content") or "", str):
+        raise ValueError(f"{where}: the content is no text")
+    if has_half_pair(message.get("content") or ""):
+        raise ValueError(f"{where}: the content holds half of a surrogate pair, which is no character")
+    if role == "assistant" and not (message.get("content") or message.get("tool_calls")):
+        raise ValueError(f"{where}: the assistant's turn is empty")
 
 
 class ConversationFile:
@@ -86,16 +109,16 @@ class ConversationFile:
         """`file:line` of a conversation, for messages."""
         return f"{self.path}:{index + 1 if self._numbers is None else self._numbers[index]}"
 
-    def __getitem__(self, index: int) -> list[dict]:
-        """The messages of a line.
+    def __getitem__(self, index: int) -> list[list[dict]]:
+        """The conversations of a line.
 
         Raises:
-            ValueError: as `parse_conversation`.
+            ValueError: as `parse_conversations`.
         """
         # Opened each time: dataset workers are forked and must not share a file's place.
         with self.path.open("rb") as file:
             file.seek(self._starts[index])
-            return parse_conversation(file.readline(), self.label(index))
+            return parse_conversations(file.readline(), self.label(index))
 
 
 def check_conversations(path: str | Path) -> None:
@@ -108,7 +131,7 @@ def check_conversations(path: str | Path) -> None:
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             if raw.strip():
-                parse_conversation(raw, f"{path}:{number}")
+                parse_conversations(raw, f"{path}:{number}")
 
 
 class ChatEncoder:
@@ -129,10 +152,12 @@ class ChatEncoder:
         added = tokenizer.added_tokens_decoder
         self.special = {token for token in added if added[token].special} | set(tokenizer.all_special_ids)
 
-    def encode_line(self, messages: Sequence[dict], label: str) -> tuple[list[int], list[int], list[int]]:
+    def encode_line(
+        self, conversations: Sequence[Sequence[dict]], label: str
+    ) -> tuple[list[int], list[int], list[int]]:
         """`encode` of a line's conversations, behind one another, and for each token the number of its conversation."""
         ids, mask, owner = [], [], []
-        for number, conversation in enumerate(split_conversations(messages)):
+        for number, conversation in enumerate(conversations):
             tokens, kept = self.encode(conversation, label)
             ids, mask, owner = ids + tokens, mask + kept, owner + [number] * len(tokens)
         return ids, mask, owner
@@ -213,9 +238,9 @@ class ChatEncoder:
 
 
 def split_conversations(messages: Sequence[dict]) -> list[list[dict]]:
-    """Conversations packed in one line: each system message begins a new one (Megatron's convention)."""
+    """Conversations packed in one line without "starts": each system message begins a new one."""
     first = [turn for turn, message in enumerate(messages) if turn and message["role"] == "system"]
-    return [list(messages[start:stop]) for start, stop in zip([0, *first], [*first, len(messages)], strict=True)]
+    return [list(messages[start:stop]) for start, stop in pairwise([0, *first, len(messages)])]
 
 
 def _common_prefix(part: Sequence[int], whole: Sequence[int]) -> int:

@@ -73,9 +73,14 @@ def document_text(document: Document, json_key: str) -> str:
     text = record[json_key]
     if not isinstance(text, str):
         raise ValueError(f"{document.label}: {json_key!r} (--json-key) holds no string: {text!r:.60}")
-    if not text.isascii() and any(0xD800 <= ord(character) < 0xE000 for character in text):
+    if has_half_pair(text):
         raise ValueError(f"{document.label}: {json_key!r} holds half of a surrogate pair, which is no character")
     return text
+
+
+def has_half_pair(text: str) -> bool:
+    """Whether JSON's \\uD800 to \\uDFFF stand alone in a text: they are no characters, and no UTF-8."""
+    return not text.isascii() and any(0xD800 <= ord(character) < 0xE000 for character in text)
 
 
 def standard_library() -> Path:

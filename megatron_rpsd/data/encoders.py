@@ -1,5 +1,8 @@
 """Tokenizers as the data preparation uses them: Hugging Face folders, sentencepiece models, tiktoken vocabularies.
 
+A special token that a text spells ("</s>" in a source file) is text: it becomes the tokens of its characters, so that
+no document seems to end where it does not. Added tokens that are not special, such as "<think>", stay one token.
+
 A `TokenizerSpec` is read once and sent to the workers, which build an encoder from it. A fast Hugging Face tokenizer
 travels as the text of its backend, so that a worker starts without transformers, and encodes as the folder's own class
 does, whatever that class changed after reading tokenizer.json.
@@ -41,6 +44,8 @@ class TokenizerSpec:
     pad_id: int | None
     sha256: str
     """of tokenizer.json, the model file, or the ranks"""
+    special_ids: tuple[int, ...] = ()
+    """tokens that no text should give; not the one for unknown characters"""
 
     @property
     def dtype(self) -> str:
@@ -52,7 +57,7 @@ class Encoder(Protocol):
     """Text to ids."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int]]:
-        """Ids of each text, with the tokens that the tokenizer adds by itself."""
+        """Ids of each text, with the tokens that the tokenizer adds by itself; special tokens in the text are text."""
 
     def spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a text, and for each the characters [start, stop) that it stands for."""
@@ -120,7 +125,14 @@ def _huggingface(folder: Path) -> TokenizerSpec:
         eod_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
         sha256=hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
+        special_ids=_special_ids(tokenizer),
     )
+
+
+def _special_ids(tokenizer) -> tuple[int, ...]:
+    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
+    return tuple(sorted((added | set(tokenizer.all_special_ids)) - ({tokenizer.unk_token_id} - ends)))
 
 
 class _Fast:
@@ -132,6 +144,7 @@ class _Fast:
         self._tokenizer = Tokenizer.from_str(spec.state)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # as text
 
     def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int]]:
         # A worker is one process of several: threads of its own would only contend. Read at each call.
@@ -155,7 +168,8 @@ class _Slow:
         self._tokenizer, self._path = AutoTokenizer.from_pretrained(spec.path, local_files_only=True), spec.path
 
     def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int]]:
-        return [self._tokenizer(text, verbose=False)["input_ids"] for text in texts]
+        # Some classes ignore the wish; what they make of it is counted (`encoding.DocumentEncoder`).
+        return [self._tokenizer(text, verbose=False, split_special_tokens=True)["input_ids"] for text in texts]
 
     def spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         raise ValueError(f"--tokenizer {self._path}: a tokenizer in Python does not say which characters a token is")
@@ -173,7 +187,8 @@ def _sentencepiece(path: Path) -> TokenizerSpec:
         raise _refuse(path, error) from error
     eod, pad = (None if number < 0 else number for number in (model.eos_id(), model.pad_id()))
     size, digest = model.get_piece_size(), hashlib.sha256(path.read_bytes()).hexdigest()
-    return TokenizerSpec("sentencepiece", str(path), None, size, size, eod, pad, digest)
+    special = tuple(token for token in range(size) if model.is_control(token))
+    return TokenizerSpec("sentencepiece", str(path), None, size, size, eod, pad, digest, special)
 
 
 class _SentencePiece:
@@ -242,12 +257,11 @@ def _tiktoken_spec(path: str, state: tuple[str, dict[bytes, int], dict[str, int]
     for token, rank in sorted(ranks.items(), key=lambda pair: pair[1]):
         digest.update(b"%d %s\n" % (rank, base64.b64encode(token)))
     ids = {*ranks.values(), *special.values()}
-    return TokenizerSpec("tiktoken", path, state, len(ids), 1 + max(ids), eod, None, digest.hexdigest())
+    marks = tuple(sorted(special.values()))
+    return TokenizerSpec("tiktoken", path, state, len(ids), 1 + max(ids), eod, None, digest.hexdigest(), marks)
 
 
 class _Tiktoken:
-    """Special tokens in a text are taken for text, as tiktoken's `encode_ordinary` does."""
-
     def __init__(self, spec: TokenizerSpec) -> None:
         import tiktoken
 

@@ -107,6 +107,25 @@ def _parts(path: Path) -> Iterator[np.ndarray]:
             yield np.frombuffer(raw, "<i4")
 
 
+def sequence_lengths(prefix: str | Path) -> np.ndarray:
+    """Tokens of every sequence of an `.idx`, int32 [n], mapped.
+
+    Raises:
+        ValueError: it is no index of Megatron's, or it breaks off.
+    """
+    path = Path(f"{prefix}.idx")
+    with path.open("rb") as file:
+        head = file.read(34)
+    if len(head) < 34 or not head.startswith(_HEADER):
+        raise ValueError(f"{path} is no index of Megatron's: make the data again with tools/preprocess_data.py")
+    count = struct.unpack("<QBQQ", head[9:])[2]
+    if path.stat().st_size < 34 + 4 * count:
+        raise ValueError(
+            f"{path} breaks off: {count} lengths need {34 + 4 * count} bytes, it has {path.stat().st_size}"
+        )
+    return np.memmap(path, "<i4", mode="r", offset=34, shape=(count,)) if count else np.empty(0, "<i4")
+
+
 def read_pieces(prefix: str | Path) -> np.ndarray:
     """The `.sources` of a prefix, PIECE [n], mapped.
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rpsd.data.shards import file_sha256
 
 FORMAT = 1
+_TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
+"""Bytes of a token, by the index's code for its type; Megatron's codes of whole numbers."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class Manifest:
     """of `tokens`"""
     padding_id: int | None = None
     """token that pads"""
+    special_tokens: int = 0
+    """special tokens that texts spelled and that the tokenizer would not read as text"""
     lengths: tuple[LengthBucket, ...] = ()
     """documents of the inputs, stored or not, by length"""
     files: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -152,6 +157,7 @@ def check_prefix(prefix: str | Path, vocab_size: int) -> Manifest | None:
             f"--output-prefix {prefix}"
         )
     manifest = read_manifest(prefix)
+    _check_pair(prefix)
     largest = _largest_of_the_first(prefix) if manifest is None else manifest.max_token_id
     if largest >= vocab_size:
         raise ValueError(
@@ -164,6 +170,34 @@ def check_prefix(prefix: str | Path, vocab_size: int) -> Manifest | None:
             f"{vocab_size}: preprocess the text with this model's tokenizer"
         )
     return manifest
+
+
+def _check_pair(prefix: str | Path) -> None:
+    """Refuse an index that is none or breaks off, and a `.bin` that is shorter than its index says: sizes alone."""
+    index, tokens = _beside(prefix, ".idx"), _beside(prefix, ".bin")
+    with index.open("rb") as file:
+        head = file.read(34)
+        if len(head) < 34 or head[:17] != b"MMIDIDX\x00\x00" + struct.pack("<Q", 1):
+            raise ValueError(f"--data-path {prefix}: {index} is no index of Megatron's, or is damaged: make it again")
+        code, sequences, borders = struct.unpack("<BQQ", head[17:])
+        needed = 34 + 12 * sequences + 8 * borders
+        if index.stat().st_size < needed or code not in _TOKEN_BYTES:
+            raise ValueError(
+                f"--data-path {prefix}: {index} is damaged; {sequences} documents of type {code} need {needed} bytes, "
+                f"it has {index.stat().st_size}: make it again"
+            )
+        if not sequences:
+            raise ValueError(f"--data-path {prefix}: {index} holds no document")
+        file.seek(34 + 4 * (sequences - 1))
+        (length,) = struct.unpack("<i", file.read(4))
+        file.seek(34 + 4 * sequences + 8 * (sequences - 1))
+        (start,) = struct.unpack("<q", file.read(8))
+    end = start + length * _TOKEN_BYTES[code]
+    if tokens.stat().st_size < end:
+        raise ValueError(
+            f"--data-path {prefix}: {tokens} breaks off: it has {tokens.stat().st_size} bytes, its index says {end}: "
+            "make it again"
+        )
 
 
 def _largest_of_the_first(prefix: str | Path, tokens: int = 2**20) -> int:

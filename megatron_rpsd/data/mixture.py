@@ -153,6 +153,10 @@ def prepare_mixture(
         ValueError: as `read_recipe` and `preprocess`.
     """
     sources, wanted = read_recipe(recipe, settings)
+    if len(str(settings["output_prefix"]).split()) > 1:
+        raise ValueError(
+            f"--output-prefix '{settings['output_prefix']}' has a blank, where Megatron would cut it in P.data_args"
+        )
     first, target = sources[0].config, Path(settings["output_prefix"])
     modes = "pack" if any(source.config.mode == "pack" for source in sources) else "concatenate"
     spec = load_tokenizer(first.tokenizer, first.append_eod, modes, first.tiktoken_pattern)
@@ -177,12 +181,12 @@ def prepare_mixture(
         for source in sources:
             publish(folder / source.name, source.config.output_prefix)
         blend = describe_blend(sources, list(made.values()), wanted)
-        arguments = " ".join(f"{source.share:.6f} {source.config.output_prefix}" for source in sources)
+        arguments = " ".join(f"{source.share:.9g} {source.config.output_prefix}" for source in sources)
         write_durably(Path(f"{target}.data_args"), (arguments + "\n").encode())
         write_durably(Path(f"{target}.blend.json"), (json.dumps(blend, indent=2) + "\n").encode())
     for line in _lines(blend):
         report(line)
-    report(f"train on it with --data-args-path {target}.data_args, or --data-path {arguments}")
+    report(f"train on it with --data-args-path {target}.data_args --split 100,0,0, or --data-path {arguments}")
     return made
 
 

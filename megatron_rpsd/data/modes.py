@@ -28,7 +28,7 @@ def prepare(recipe: Path | None, histogram: bool, **settings) -> None:
     if settings["mode"] == "mix" and settings["inputs"]:
         raise ValueError("--input and --mode mix: the recipe names the inputs; leave --input out")
     if settings["mode"] == "sft":
-        print(prepare_conversations(settings["inputs"], settings))
+        print(prepare_conversations(settings["inputs"], settings, _say))
         return
     if settings["mode"] == "mix":
         made = prepare_mixture(recipe, settings, _say)

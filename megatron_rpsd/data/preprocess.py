@@ -195,6 +195,7 @@ def write_arranged(
         cut_documents=counts.cut_documents,
         padding_tokens=counts.padding_tokens,
         padding_id=padding if counts.padding_tokens else None,
+        special_tokens=sum(shard.special_tokens for shard in tokenized.store.shards),
         lengths=_buckets(counts.lengths),
         files=files,
     )
@@ -279,6 +280,11 @@ def describe(prefix: str | Path, manifest: Manifest) -> str:
         )
     if manifest.skipped:
         lines.append(f"skipped: {manifest.skipped}, listed in {prefix}.skipped.jsonl")
+    if manifest.special_tokens:
+        lines.append(
+            f"special tokens: the texts spell {manifest.special_tokens} that this tokenizer does not read as text; an "
+            "end token among them looks like the end of a document"
+        )
     lines.append(f"{'tokens of a document':>23s} {'documents':>12s} {'share of tokens':>16s}")
     total = sum(bucket.tokens for bucket in manifest.lengths)
     for bucket in manifest.lengths:

@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-import logging
-import struct
-import tempfile
-import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 from megatron_rpsd.data.arrangement import PADDING
 from megatron_rpsd.data.documents import document_text
 from megatron_rpsd.data.encoders import Encoder, build_encoder, read_tokenizer
-from megatron_rpsd.data.indexed import read_pieces
+from megatron_rpsd.data.indexed import read_pieces, sequence_lengths
 from megatron_rpsd.data.manifest import Manifest, read_manifest
+from megatron_rpsd.data.order import Order, read_blend, training_dataset
 from megatron_rpsd.data.readers import read_document, repository_parts
-
-
-@dataclass(frozen=True)
-class Order:
-    """Which of the data's windows a run's sample is: Megatron's shuffle of documents and windows."""
-
-    seed: int
-    """--seed"""
-    split: str
-    """--split, percentages of train, validation and test documents"""
-    train_samples: int | None
-    """training samples of the run; None is one epoch"""
 
 
 @dataclass(frozen=True)
 class Origin:
     """Where a token came from."""
 
+    prefix: str
+    """of the data that hold it; one of a blend's"""
     path: str
     line: int | None
     """line in a JSONL file, row in a parquet file, from 1; else the line of the character"""
@@ -54,12 +42,15 @@ class Samples:
 
     Args:
         order: of a training run; without it samples are consecutive windows of the .bin.
+        dataset: Megatron's, in place of `order`.
 
     Raises:
         ValueError: no manifest, or too few tokens for a sample.
     """
 
-    def __init__(self, prefix: str | Path, seq_length: int, order: Order | None = None) -> None:
+    def __init__(self, prefix: str | Path, seq_length: int, order: Order | None = None, dataset: Any = None) -> None:
+        if seq_length < 1:
+            raise ValueError(f"--seq-length {seq_length} must be at least 1")
         manifest = read_manifest(prefix)
         if manifest is None:
             raise ValueError(f"{prefix}.json is missing: make the data with tools/preprocess_data.py")
@@ -67,8 +58,10 @@ class Samples:
         self.prefix, self.seq_length = str(prefix), seq_length
         self.tokens = np.memmap(f"{prefix}.bin", manifest.dtype, mode="r")
         self._pieces: np.ndarray | None = None
-        self._dataset = None if order is None else _training_dataset(self.prefix, manifest, seq_length, order)
-        self._starts = _sequence_starts(self.prefix, self.tokens.itemsize)
+        if order is not None:
+            dataset = training_dataset([self.prefix], None, manifest.vocab_size, seq_length, order)
+        self._dataset = dataset
+        self._starts = _sequence_starts(self.prefix)
         self._count = (
             (len(self.tokens) - 1) // seq_length if self._dataset is None else len(self._dataset.shuffle_index)
         )
@@ -79,6 +72,10 @@ class Samples:
 
     def __len__(self) -> int:
         return self._count
+
+    def at(self, sample: int) -> tuple[Samples, int]:
+        """The prefix that a sample is read from, and the sample's number there."""
+        return self, sample
 
     def encoder(self, tokenizer: str | Path, pattern: str | None = None) -> Encoder:
         """The encoder of the data's tokenizer.
@@ -142,7 +139,7 @@ class Samples:
         if within == len(ids) and self.tokens[place] == self.manifest.eod_id:
             ids, spans = [*ids, self.manifest.eod_id], [*spans, (len(text), len(text))]
         self._check(document.label, piece, ids)
-        return _origin(document, text, spans[within], self.manifest.seed)
+        return _origin(self.prefix, document, text, spans[within], self.manifest.seed)
 
     def _check(self, label: str, piece: np.ndarray, ids: list[int]) -> None:
         """Refuse a document that is not the one that was tokenized."""
@@ -154,7 +151,78 @@ class Samples:
             raise ValueError(f"{label} gives other tokens than those stored: it, or the tokenizer, has changed")
 
 
-def _origin(document, text: str, span: tuple[int, int], seed: int) -> Origin:
+class BlendedSamples:
+    """The samples of a run on several prefixes, as `Samples` by index.
+
+    Args:
+        prefixes, weights: of --data-args-path.
+        order: of the run; --mid-level-dataset-surplus has its default.
+
+    Raises:
+        ValueError: as `Samples`; or prefixes of different tokenizers.
+    """
+
+    def __init__(self, prefixes: Sequence[str], weights: Sequence[float] | None, seq_length: int, order: Order) -> None:
+        first = Samples(prefixes[0], seq_length)
+        self._blend = training_dataset(prefixes, weights, first.manifest.vocab_size, seq_length, order)
+        self.sources = [
+            Samples(prefix, seq_length, dataset=dataset)
+            for prefix, dataset in zip(prefixes, self._blend.datasets, strict=True)
+        ]
+        for source in self.sources:
+            if source.manifest.tokenizer_sha256 != first.manifest.tokenizer_sha256:
+                raise ValueError(f"{source.prefix} was made with another tokenizer than {first.prefix}")
+
+    def __len__(self) -> int:
+        return len(self._blend)
+
+    def at(self, sample: int) -> tuple[Samples, int]:
+        """The prefix that a sample is read from, and the sample's number there."""
+        if not 0 <= sample < len(self):
+            raise ValueError(f"sample {sample} does not exist: the run has samples 0 to {len(self) - 1}")
+        return self.sources[self._blend.dataset_index[sample]], int(self._blend.dataset_sample_index[sample])
+
+    def encoder(self, tokenizer: str | Path, pattern: str | None = None) -> Encoder:
+        """The encoder of the data's tokenizer, as that of `Samples`."""
+        return self.sources[0].encoder(tokenizer, pattern)
+
+    def ids(self, sample: int) -> np.ndarray:
+        """Token ids of a sample, as those of `Samples`."""
+        source, place = self.at(sample)
+        return source.ids(place)
+
+    def trace(self, sample: int, token: int, encoder: Encoder) -> Origin:
+        """Where a sample's token came from, as that of `Samples`."""
+        source, place = self.at(sample)
+        return source.trace(place, token, encoder)
+
+
+def read_samples(data: str, seq_length: int, order: Order | None) -> Samples | BlendedSamples:
+    """The samples of a prefix, or of the blend in a file for --data-args-path.
+
+    Raises:
+        ValueError: as `Samples` and `read_blend`; a blend without the run's order.
+    """
+    if not _is_blend(data):
+        return Samples(data, seq_length, order)
+    if order is None:
+        raise ValueError(f"--data {data} is a blend, which is mixed for a run: give its --train-samples N")
+    prefixes, weights = read_blend(data)
+    if len(prefixes) == 1 and weights is None:
+        return Samples(prefixes[0], seq_length, order)
+    return BlendedSamples(prefixes, weights, seq_length, order)
+
+
+def data_prefixes(data: str) -> list[str]:
+    """The prefixes that `read_samples` reads."""
+    return read_blend(data)[0] if _is_blend(data) else [data]
+
+
+def _is_blend(data: str) -> bool:
+    return Path(data).is_file() and not Path(f"{data}.bin").exists()
+
+
+def _origin(prefix: str, document, text: str, span: tuple[int, int], seed: int) -> Origin:
     start, stop = span
     around = text[max(0, start - 40) : stop + 40]
     path, line, byte = document.path, document.line, len(text[:start].encode())
@@ -170,60 +238,9 @@ def _origin(document, text: str, span: tuple[int, int], seed: int) -> Origin:
         line = 1 + text.count("\n", 0, start)
     else:
         byte = document.offset if document.is_json else None
-    return Origin(str(path), line, byte, span, text[start:stop], around)
+    return Origin(prefix, str(path), line, byte, span, text[start:stop], around)
 
 
-def _sequence_starts(prefix: str, size: int) -> np.ndarray:
+def _sequence_starts(prefix: str) -> np.ndarray:
     """First token of each sequence of an .idx, and the number of all: int64 [n + 1]."""
-    with Path(f"{prefix}.idx").open("rb") as file:
-        _, _, count, _ = struct.unpack("<QBQQ", file.read(34)[9:])
-    lengths = np.memmap(f"{prefix}.idx", "<i4", mode="r", offset=34, shape=(count,))
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-
-
-def _training_dataset(prefix: str, manifest: Manifest, seq_length: int, order: Order):
-    """Megatron's own training dataset, for its order of samples.
-
-    Made without its builder, which makes validation and test datasets, too, and never ends where one has no document.
-    """
-    indexed = megatron_indexed_dataset()
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    from megatron.core.datasets.utils import Split
-
-    # The order depends on no token, so a stand-in for the tokenizer serves.
-    tokenizer = SimpleNamespace(
-        eod=-1, pad=-2, eos=-1, vocab_size=manifest.vocab_size, unique_identifiers={}, special_tokens_dict={}
-    )
-    with tempfile.TemporaryDirectory() as cache:
-        config = GPTDatasetConfig(
-            random_seed=order.seed,
-            sequence_length=seq_length,
-            blend=([prefix], None),
-            split=order.split,
-            path_to_cache=cache,
-            tokenizer=tokenizer,
-            reset_position_ids=False,
-            reset_attention_mask=False,
-            eod_mask_loss=False,
-            create_attention_mask=False,
-        )
-        dataset = indexed.IndexedDataset(prefix)
-        begin, end = (round(bound * len(dataset)) for bound in config.split_matrix[0])
-        if begin >= end:
-            raise ValueError(f"--split {order.split} leaves no training document of the {len(dataset)} of {prefix}")
-        chosen = np.arange(begin, end, dtype=np.int32)
-        return GPTDataset(dataset, prefix, chosen, order.train_samples, Split.train, config)
-
-
-def megatron_indexed_dataset() -> ModuleType:
-    """Megatron's indexed_dataset, imported without its remarks on missing GPU libraries, which this use never calls."""
-    logger = logging.getLogger("torch.utils.cpp_extension")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from megatron.core.datasets import indexed_dataset
-    finally:
-        logger.setLevel(level)
-    return indexed_dataset
+    return np.concatenate([[0], np.cumsum(sequence_lengths(prefix), dtype=np.int64)])

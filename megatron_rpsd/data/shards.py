@@ -46,6 +46,8 @@ class Shard:
     """labels of documents without text"""
     faults: tuple[str, ...]
     """what was skipped, one line each"""
+    special_tokens: int
+    """special tokens that texts spelled"""
 
 
 @contextmanager
@@ -122,6 +124,7 @@ class ShardStore:
             docs_sha256=hashlib.sha256(records).hexdigest(),
             empty=tuple(writer.empty),
             faults=tuple(writer.faults),
+            special_tokens=writer.special_tokens,
         )
         write_durably(self._path(len(self.shards), "json"), json.dumps(asdict(shard)).encode())
         self.shards.append(shard)
@@ -148,7 +151,7 @@ class ShardWriter:
         """file, line, offset, tokens, as DOCUMENT has them"""
         self.empty: list[str] = []
         self.faults: list[str] = []
-        self.tokens, self.max_token_id = 0, -1
+        self.tokens, self.max_token_id, self.special_tokens = 0, -1, 0
 
     def add(self, tokens: np.ndarray) -> None:
         """Tokens of the documents whose records are appended."""

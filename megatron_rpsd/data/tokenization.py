@@ -36,7 +36,7 @@ class Source:
     def recipe(self, spec: TokenizerSpec) -> dict:
         """What the tokens of a document depend on, beside its bytes."""
         return {
-            "format": 1,
+            "format": 2,
             "tokenizer": [spec.kind, spec.sha256, spec.state if spec.kind == "huggingface" else None],
             "json_key": self.json_key,
             "append_eod": self.append_eod,
@@ -186,4 +186,5 @@ def _store(documents: list[Document], encoded: EncodedBatch, writer: ShardWriter
             raise ValueError(encoded.faults[index])
         else:
             writer.faults.append(encoded.faults[index])
+    writer.special_tokens += encoded.special
     writer.add(encoded.tokens)

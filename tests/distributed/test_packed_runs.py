@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from megatron_rpsd.checkpoint.convert import import_hf
 from megatron_rpsd.data.manifest import Manifest, write_manifest
 from megatron_rpsd.loss.definitions import clm_per_token, reverse_kl_per_token
 from megatron_rpsd.positions import ViewSampler, draw_document_views, keyed_generator
-from tests.chat_tokenizer import MARKED, PLAIN, assistant, save_chat_tokenizer, system, user, write_chats
+from tests.chat_tokenizer import MARKED, PLAIN, assistant, save_chat_tokenizer, system, user
 from tests.distributed import document_job, training_job
 from tests.distributed.corpus import run_arguments
 from tests.distributed.models import LENGTH, VOCABULARY
@@ -85,10 +86,11 @@ def test_longce_reads_short_contexts_within_a_document(ranks, checkpoint, prefix
 L = 128
 PACKED = [
     [system("be kind"), user("hi"), assistant("hello you"), system("be short"), user("bye"), assistant("bye bye")],
-    [user("2+2?"), assistant("4"), user("3+3?"), assistant("6")],
+    [user("2+2?"), assistant("4"), user("3+3?"), assistant("6")],  # two conversations by STARTS
     [system("count"), user("to 3"), assistant("1 2 3"), system("spell"), user("no"), assistant("n o")],
     [user("a"), assistant("b"), system("x"), user("c"), assistant("d"), system("y"), user("e"), assistant("f")],
 ]
+STARTS = {1: [0, 2]}
 
 
 def conversations_alone(folder: Path, tmp_path: Path) -> dict[str, float]:
@@ -98,7 +100,7 @@ def conversations_alone(folder: Path, tmp_path: Path) -> dict[str, float]:
     for index, line in enumerate(keyed_generator(1234, 0x52505350, 0).permutation(len(PACKED))):
         turns, parts = PACKED[line], []
         for turn in turns:
-            if turn["role"] == "system" or not parts:
+            if turn["role"] == "system" or not parts or sum(map(len, parts)) in STARTS.get(line, ()):
                 parts.append([])
             parts[-1].append(turn)
         encoded = [
@@ -120,7 +122,8 @@ def conversations_alone(folder: Path, tmp_path: Path) -> dict[str, float]:
 
 
 def test_conversations_of_a_line_do_not_see_each_other(ranks, checkpoint, tiny_llama, tmp_path):
-    write_chats(tmp_path / "chats.jsonl", PACKED)
+    lines = [{"messages": turns} | ({"starts": STARTS[n]} if n in STARTS else {}) for n, turns in enumerate(PACKED)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     typed = [
         *run_arguments(checkpoint, tmp_path / "chats.jsonl", 2), "--sft", "--seq-length", str(L), "--rpsd-seed", "9",
         "--tokenizer-type", "HuggingFaceTokenizer",
@@ -145,6 +148,8 @@ REFUSED = [
     ([*MASKED, "--rpsd-perturbation", "nope"], ["--perturb-documents", "nope views have no split"]),
     ([*MASKED, "--objective", "standard"], ["--perturb-documents", "--objective standard"]),
     ([*MASKED, "--rpsd-split-range", "0", "0.5"], ["--rpsd-split-range", "--perturb-documents"]),
+    (["--split", "969,30,1"], ["the 80 documents of --data-path", "test 0 (0 tokens) for 0", "use --split 969,30,0"]),
+    (["--eval-iters", "1"], ["--eval-iters 1 evaluates on 8 validation samples", "--split 100,0,0 leaves no data"]),
     ([*MASKED, "--data-path", "UNENDED"], ["--packing document-mask", "end with none", f"EOD token is {EOD}"]),
 ]  # fmt: skip
 

@@ -11,7 +11,7 @@ from megatron_rpsd.data.chat import (
     ChatEncoder,
     ConversationFile,
     check_conversations,
-    parse_conversation,
+    parse_conversations,
     split_conversations,
 )
 from tests.chat_tokenizer import (
@@ -86,10 +86,24 @@ def test_a_line_of_packed_conversations(encoder):
     chosen, packed = encoder(PLAIN), [system("x"), user("a"), assistant("b"), system("y"), user("c"), assistant("d")]
     assert split_conversations(packed) == [packed[:3], packed[3:]]
     assert split_conversations(packed[1:3]) == [packed[1:3]]
-    ids, mask, owner = chosen.encode_line(packed, "f:1")
+    ids, mask, owner = chosen.encode_line(parse_conversations(line_of(packed), "f:1"), "f:1")
     parts = [chosen.encode(part, "f:1") for part in (packed[:3], packed[3:])]
     assert ids == parts[0][0] + parts[1][0] and mask == parts[0][1] + parts[1][1]
     assert owner == [0] * len(parts[0][0]) + [1] * len(parts[1][0])
+
+
+def line_of(messages: list[dict], **more) -> bytes:
+    return json.dumps({"messages": messages, **more}).encode()
+
+
+def test_starts_tell_conversations_apart_with_or_without_system_messages():
+    packed = [user("a"), assistant("b"), system("x"), user("c"), assistant("d"), user("e"), assistant("f")]
+    assert parse_conversations(line_of(packed), "f:1") == [packed[:2], packed[2:]]
+    assert parse_conversations(line_of(packed, starts=[0, 5]), "f:1") == [packed[:5], packed[5:]]
+    assert parse_conversations(line_of(packed, starts=[0]), "f:1") == [packed]
+    for starts in ([], [1], [0, 7], [0, 3, 2], [0, 2, 2], [0, True], [0, 2.0], "0", {}):
+        with pytest.raises(ValueError, match=r'f:1: "starts" is .*; it must be \[0, ...\], ascending .* below 7'):
+            parse_conversations(line_of(packed, starts=starts), "f:1")
 
 
 @pytest.mark.parametrize(
@@ -123,6 +137,7 @@ REFUSED = {
     "content": ([{"role": "user", "content": [1]}, assistant("b")], "turn 1: the content is no text"),
     "empty": ([user("a"), assistant("b"), user("c"), assistant("")], "turn 4: the assistant's turn is empty"),
     "null": ([user("a"), {"role": "assistant", "content": None}], "turn 2: the assistant's turn is empty"),
+    "half": ([user("a"), assistant("\ud83d")], "turn 2: the content holds half of a surrogate pair"),
     "nothing": ([system("a"), user("b")], "has no assistant turn"),
 }
 
@@ -137,14 +152,14 @@ def test_a_line_that_is_no_conversation_is_refused_by_file_and_line(case, tmp_pa
     with pytest.raises(ValueError, match=message) as refused:
         check_conversations(path)
     assert str(refused.value).startswith(f"{path}:3") and "\n" not in str(refused.value)
-    assert parse_conversation(good, "f:1") == [user("a"), assistant("b")]
+    assert parse_conversations(good, "f:1") == [[user("a"), assistant("b")]]
 
 
 def test_a_file_is_read_by_line(tmp_path):
     lines = [[user(f"ä{number}"), assistant("b" * number)] for number in range(1, 6)]
     file = ConversationFile(write_chats(tmp_path / "chats.jsonl", lines))
     assert len(file) == 5 and file.label(4).endswith(":5")
-    assert [file[index] for index in (4, 0, 2)] == [lines[4], lines[0], lines[2]]
+    assert [file[index] for index in (4, 0, 2)] == [[lines[4]], [lines[0]], [lines[2]]]
     assert not any(isinstance(value, list) for value in vars(file).values())  # offsets alone stay in memory
 
 

@@ -29,8 +29,9 @@ MANIFEST = Manifest(
 
 @pytest.fixture
 def prefix(tmp_path: Path) -> str:
-    for suffix in (".bin", ".idx"):
-        (tmp_path / f"v1.5{suffix}").touch()
+    builder = IndexedDatasetBuilder(str(tmp_path / "v1.5.bin"), dtype=numpy.uint16)
+    builder.add_document(torch.arange(9), [9])
+    builder.finalize(str(tmp_path / "v1.5.idx"))
     return str(tmp_path / "v1.5")
 
 

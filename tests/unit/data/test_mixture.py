@@ -1,4 +1,4 @@
-"""Recipes: sources by share and length; and conversations packed for --sft."""
+"""Recipes: sources by share and length."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_tiktoken import PATTERN, ids_of, save_tiktoken  # noqa: E402
 
-from megatron_rpsd.data.chat import ChatEncoder, ConversationFile  # noqa: E402
-from megatron_rpsd.data.conversations import prepare_conversations  # noqa: E402
 from megatron_rpsd.data.mixture import prepare_mixture, read_recipe  # noqa: E402
-from tests.chat_tokenizer import assistant, save_chat_tokenizer, system, user, write_chats  # noqa: E402
 
 RECIPE = """
 tokens = 2000
@@ -56,7 +53,7 @@ def test_a_recipe_becomes_prefixes_and_megatrons_arguments(tmp_path: Path) -> No
     assert short.tokens - short.padding_tokens == sum(size for size in sizes if size <= 15)
     assert sum("finished shards of an earlier run" in line for line in said) == 1  # tokenized once for both
     words = Path(f"{prefix}.data_args").read_text().split()
-    assert words == ["0.600000", f"{prefix}-long", "0.400000", f"{prefix}-short"]
+    assert words == ["0.6", f"{prefix}-long", "0.4", f"{prefix}-short"]
     blend = json.loads(Path(f"{prefix}.blend.json").read_text())
     assert blend["sources"][0]["epochs"] == pytest.approx(1200 / long.tokens)
     assert blend["tokens_without_repetition"] == min(int(long.tokens / 0.6), int(short.tokens / 0.4))
@@ -88,29 +85,3 @@ def test_a_bad_recipe_is_one_line(tmp_path: Path, old: str, new: str, words: str
     with pytest.raises(ValueError) as error:
         prepare_mixture(recipe, settings(tmp_path))
     assert words in str(error.value) and "\n" not in str(error.value) and "--recipe" in str(error.value)
-
-
-def test_conversations_are_checked_and_packed(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    folder = save_chat_tokenizer(tmp_path / "tokenizer")
-    chats = [[system("s"), user("a" * n), assistant("b")] for n in (5, 60, 7, 9)] + [[user("q"), assistant("r")]]
-    write_chats(tmp_path / "in.jsonl", chats)
-    with (tmp_path / "in.jsonl").open("a") as file:
-        file.write('{"messages": []}\n')
-    given = {"tokenizer": folder, "output_prefix": tmp_path / "out", "seq_length": 140, "on_error": "stop"}
-    with pytest.raises(ValueError, match=r"in\.jsonl:6 has no"):
-        prepare_conversations([tmp_path / "in.jsonl"], given)
-    assert not (tmp_path / "out.jsonl").exists()
-    said = prepare_conversations([tmp_path / "in.jsonl"], {**given, "on_error": "skip"})
-    about = json.loads((tmp_path / "out.json").read_text())
-    packed = ConversationFile(tmp_path / "out.jsonl")
-    encoder = ChatEncoder(AutoTokenizer.from_pretrained(folder))
-    lengths = [len(encoder.encode_line(packed[line], "")[0]) for line in range(len(packed))]
-    assert max(lengths) <= 141 and sum(lengths) == about["tokens"]
-    assert sorted(json.dumps(m) for line in range(len(packed)) for m in packed[line]) == sorted(
-        json.dumps(m) for chat in chats for m in chat
-    )
-    assert about["windows"] == len(packed) < len(chats) and about["alone"] == 1
-    assert about["assistant_tokens"] == sum(sum(encoder.encode(chat, "")[1]) for chat in chats)
-    assert len(about["skipped"]) == 1 and "1 lines were skipped" in said

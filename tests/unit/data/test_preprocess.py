@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +13,8 @@ from tokenizers import Tokenizer, pre_tokenizers
 
 from megatron_rpsd.data.manifest import read_manifest
 from megatron_rpsd.data.preprocess import PreprocessConfig, preprocess
+from tests.unit.data.tools import called, typed
 
-TOOL = Path(__file__).resolve().parents[3] / "tools" / "preprocess_data.py"
 EOD = 256
 TEXTS = ["alpha beta", "  \n", "été\n" * 3, "x"]
 
@@ -38,10 +36,6 @@ def stored(prefix: Path) -> list[list[int]]:
     bounds = dataset.document_indices
     assert np.array_equal(bounds, np.arange(len(dataset) + 1))
     return [dataset[i].tolist() for i in range(len(dataset))]
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -69,7 +63,9 @@ def test_the_oracle_is_the_tokenizer(tokenizer_folder: Path) -> None:
 def test_cli_writes_what_megatron_reads(tmp_path: Path, tokenizer_folder: Path, inputs: list[Path]) -> None:
     prefix = tmp_path / "new" / "v1.5"
     flags = ("--seq-length", 4, "--json-key", "body")
-    result = run("--input", *inputs, "--tokenizer", tokenizer_folder, "--output-prefix", prefix, *flags)
+    result = typed(
+        "preprocess_data.py", "--input", *inputs, "--tokenizer", tokenizer_folder, "--output-prefix", prefix, *flags
+    )
     assert (result.returncode, result.stderr) == (0, "")
     expected = [oracle(text) for text in TEXTS if text.strip()]
     tokens = sum(map(len, expected))
@@ -100,24 +96,16 @@ def test_without_eod(tmp_path: Path, endless_tokenizer_folder: Path, inputs: lis
         preprocess(config(inputs, endless_tokenizer_folder, tmp_path / "q"))
 
 
-def test_workers_change_nothing(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_workers_change_nothing(tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of one tokenizer; tests/integration/test_data_interruption.py has processes."""
     path = tmp_path / "many.jsonl"
     path.write_text("".join(json.dumps({"body": f"{i} " * (i % 50)}) + "\n" for i in range(200)))
-    # Small batches, so that several are under way at once.
-    program = (
-        "import sys, pathlib; import megatron_rpsd.data.tokenization as t; t.BATCH_BYTES = 500\n"
-        "from megatron_rpsd.data.preprocess import PreprocessConfig, preprocess\n"
-        "if __name__ == '__main__':\n"
-        "    a, b, c = map(pathlib.Path, sys.argv[1:])\n"
-        "    preprocess(PreprocessConfig([a], b, c, seq_length=8, json_key='body', workers=2))\n"
-    )
-    script = tmp_path / "two_workers.py"
-    script.write_text(f"import sys; sys.path.insert(0, {str(TOOL.parents[1])!r})\n" + program)
-    arguments = map(str, (path, tokenizer_folder, tmp_path / "two"))
-    subprocess.run([sys.executable, str(script), *arguments], check=True)
+    monkeypatch.setattr("megatron_rpsd.data.tokenization.BATCH_BYTES", 500)  # several are under way at once
     preprocess(config([path], tokenizer_folder, tmp_path / "one", seq_length=8))
-    for suffix in (".bin", ".idx", ".sources", ".json"):
-        assert Path(f"{tmp_path / 'two'}{suffix}").read_bytes() == Path(f"{tmp_path / 'one'}{suffix}").read_bytes()
+    for workers in (2, 3):
+        preprocess(config([path], tokenizer_folder, tmp_path / "more", seq_length=8, workers=workers))
+        for suffix in (".bin", ".idx", ".sources", ".json"):
+            assert Path(f"{tmp_path / 'more'}{suffix}").read_bytes() == Path(f"{tmp_path / 'one'}{suffix}").read_bytes()
 
 
 def test_a_second_run_replaces_the_first(tmp_path: Path, tokenizer_folder: Path, inputs: list[Path]) -> None:
@@ -137,7 +125,9 @@ def test_an_interrupted_run_leaves_the_older_data_whole(
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
-def test_cli_refuses_in_one_line_and_leaves_nothing(tmp_path: Path, tokenizer_folder: Path, inputs: list[Path]) -> None:
+def test_cli_refuses_in_one_line_and_leaves_nothing(
+    tmp_path: Path, tokenizer_folder: Path, inputs: list[Path], capsys: pytest.CaptureFixture
+) -> None:
     """Too few tokens shows only after all is written aside, past every import that likes to remark on stderr."""
     needed = sum(len(oracle(text)) for text in TEXTS if text.strip())
     common = ("--output-prefix", tmp_path / "out" / "p", "--tokenizer", tokenizer_folder, "--json-key", "body")
@@ -158,7 +148,11 @@ def test_cli_refuses_in_one_line_and_leaves_nothing(tmp_path: Path, tokenizer_fo
         f"--tokenizer {missing} is not a folder": (*common, "--seq-length", 4, "--input", bad, "--tokenizer", missing),
     }
     for words, arguments in cases.items():
-        result = run(*arguments)
+        result = (
+            typed("preprocess_data.py", *arguments)
+            if words == short
+            else called(capsys, "preprocess_data.py", *arguments)
+        )
         assert result.returncode == 2, result.stderr
         assert len(result.stderr.splitlines()) == 1 and words in result.stderr, result.stderr
         assert result.stdout == ""

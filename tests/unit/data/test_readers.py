@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import json
+import pkgutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -16,8 +19,9 @@ from tiny_tiktoken import PATTERN, ids_of, save_tiktoken  # noqa: E402
 from megatron_rpsd.data.documents import document_text  # noqa: E402
 from megatron_rpsd.data.encoders import build_encoder, read_tokenizer  # noqa: E402
 from megatron_rpsd.data.encoding import DocumentEncoder  # noqa: E402
-from megatron_rpsd.data.preprocess import PreprocessConfig, preprocess  # noqa: E402
+from megatron_rpsd.data.preprocess import PreprocessConfig, describe, preprocess  # noqa: E402
 from megatron_rpsd.data.readers import iter_documents, read_document, repository_parts  # noqa: E402
+from tests.unit.data.hard_death import contents  # noqa: E402
 
 TEXTS = ["first é", "se\ncond", "third"]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
@@ -145,6 +149,63 @@ def test_sentencepiece_model(tmp_path: Path) -> None:
         read_tokenizer(tmp_path / "bad.model")
 
 
+def save_slow(folder: Path) -> Path:
+    """A tokenizer in Python: bytes + 3, and </s> behind them."""
+    from transformers import ByT5Tokenizer
+
+    ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["fast", "slow", "sentencepiece", "tiktoken"])
+def test_special_tokens_in_a_text_are_text(tmp_path: Path, tokenizer_folder: Path, kind: str) -> None:
+    """A document that spells the end token, in its middle and at its end, has the token once: behind it."""
+    import sentencepiece
+
+    if kind == "sentencepiece":
+        (tmp_path / "text").write_text("ab < / s >\n" * 20)
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(tmp_path / "text"), model_prefix=str(tmp_path / "m"), model_type="char", vocab_size=10,
+            minloglevel=2,
+        )  # fmt: skip
+    tokenizer, mark = {
+        "fast": lambda: (tokenizer_folder, "<|end|>"),
+        "slow": lambda: (save_slow(tmp_path / "slow"), "</s>"),
+        "sentencepiece": lambda: (tmp_path / "m.model", "</s>"),
+        "tiktoken": lambda: (save_tiktoken(tmp_path / "b.tiktoken"), "<|endoftext|>"),
+    }[kind]()
+    spec = read_tokenizer(tokenizer, PATTERN)
+    assert spec.eod_id in spec.special_ids
+    text = f"a{mark} b{mark}"
+    (tmp_path / "a.txt").write_text(text)
+    batch = DocumentEncoder(spec, True, "text")(list(iter_documents(tmp_path / "a.txt", hashlib.sha256())))
+    ids = batch.tokens.tolist()
+    assert ids.count(spec.eod_id) == 1 and ids[-1] == spec.eod_id and batch.special == 0
+    assert build_encoder(spec).decode(ids[:-1]) == text
+
+
+def test_special_tokens_that_cannot_be_text_are_counted(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer class that parses them all the same."""
+    from megatron_rpsd.data import encoders
+
+    start = encoders._Fast.__init__
+
+    def stubborn(self, spec) -> None:
+        start(self, spec)
+        self._tokenizer.encode_special_tokens = False
+
+    monkeypatch.setattr(encoders._Fast, "__init__", stubborn)
+    for name, text in (("a.txt", "one<|end|>two<|end|>"), ("b.txt", "three"), ("c.txt", "<|end|><|end|>x")):
+        (tmp_path / name).write_text(text)
+    inputs = [tmp_path / name for name in ("a.txt", "b.txt", "c.txt")]
+    manifest = preprocess(PreprocessConfig(inputs, tokenizer_folder, tmp_path / "p", 4, shard_tokens=1))
+    assert manifest.special_tokens == 2 + 0 + 2  # the last one of a.txt stands in the end token's place
+    assert "the texts spell 4 that this tokenizer does not read as text" in describe("p", manifest)
+
+
 def faulty_inputs(folder: Path) -> tuple[list[Path], list[str]]:
     """Inputs with every kind of fault among good documents, and the faults' beginnings."""
     damaged = gzip.compress(LINES * 200)
@@ -183,31 +244,94 @@ def test_faults_stop_or_are_skipped_and_counted(tmp_path: Path) -> None:
     assert len(manifest.inputs) == len(inputs)
 
 
-def test_a_document_longer_than_an_index_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_rpsd.data.encoding.LONGEST", 8)
-    spec = read_tokenizer(save_tiktoken(tmp_path / "bytes.tiktoken"), PATTERN)
-    (tmp_path / "a.jsonl").write_bytes(LINES)
-    batch = DocumentEncoder(spec, True, "text")(list(iter_documents(tmp_path / "a.jsonl", hashlib.sha256())))
-    assert batch.lengths.tolist() == [-2, 8, 6] and "a.jsonl:1 has 9 tokens" in batch.faults[0]
+GOOD = ["first", "größe", "last"]
+ONE_FAULT = {
+    "broken line": ("x.jsonl", b'{"text": "ok"}\n{"text": "a\n{"text": "ok"}\n', "x.jsonl:2 is not JSON: "),
+    "no object": ("x.jsonl", b'{"text": "ok"}\n{"text": "ok"}\n[1]\n', "x.jsonl:3 is not a JSON object but a list"),
+    "no key": ("x.jsonl", b'{"text": "ok"}\n{"texts": "a"}\n{"text": "ok"}\n', "x.jsonl:2 has no key 'text'"),
+    "no text": ("x.jsonl", b'{"text": 7}\n{"text": "ok"}\n{"text": "ok"}\n', "x.jsonl:1: 'text' (--json-key) holds no"),
+    "half pair": ("x.jsonl", b'{"text": "\\ud83d"}\n{"text": "ok"}\n{"text": "ok"}\n', "x.jsonl:1: 'text' holds half"),
+    "line's encoding": ("x.jsonl", b'{"text": "ok"}\n{"text": "gr\xf6"}\n{"text": "ok"}\n', "x.jsonl:2 is not UTF-8"),
+    "file's encoding": ("x.txt", "größe".encode("utf-16"), "x.txt is not UTF-8 text: "),
+    "too long": ("x.jsonl", b'{"text": "ok"}\n{"text": "123456789"}\n{"text": "ok"}\n', "x.jsonl:2 has 10 tokens; Meg"),
+    "cut short": ("x.jsonl.gz", gzip.compress(b'{"text": "ok"}\n' * 2)[:-6], "x.jsonl.gz is damaged behind line 2: "),
+}
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import errno
+@pytest.mark.parametrize("fault", ONE_FAULT)
+def test_each_fault_stops_by_file_and_line_or_costs_itself_alone(tmp_path: Path, fault: str, monkeypatch) -> None:
+    monkeypatch.setattr("megatron_rpsd.data.encoding.LONGEST", 9)
+    name, raw, words = ONE_FAULT[fault]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in GOOD[:2])
+    (tmp_path / "a.jsonl").write_text(lines + "\n")  # with an empty document
+    (tmp_path / name).write_bytes(raw)
+    (tmp_path / "z.txt").write_text(GOOD[2])
+    inputs = [tmp_path / each for each in ("a.jsonl", name, "z.txt")]
+    tokenizer, prefix = save_tiktoken(tmp_path / "bytes.tiktoken"), tmp_path / "out" / "p"
 
-    def full(*_) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def made(on_error: str):
+        return preprocess(PreprocessConfig(inputs, tokenizer, prefix, 4, tiktoken_pattern=PATTERN, on_error=on_error))
 
+    with pytest.raises(ValueError) as refused:
+        made("stop")
+    assert str(refused.value).startswith(f"{tmp_path}/{words}") and "\n" not in str(refused.value)
+    assert not prefix.parent.exists()
+    manifest = made("skip")
+    kept = [*GOOD[:2], "ok", "ok", GOOD[2]] if name.startswith("x.jsonl") else GOOD
+    assert np.fromfile(f"{prefix}.bin", manifest.dtype).tolist() == [token for text in kept for token in ids_of(text)]
+    listed = [json.loads(line) for line in Path(f"{prefix}.skipped.jsonl").read_text().splitlines()]
+    assert [set(entry) for entry in listed] == [{"skipped"}, {"empty"}] and listed[1]["empty"].endswith("a.jsonl:3")
+    assert listed[0]["skipped"].startswith(f"{tmp_path}/{words}")
+    assert (manifest.skipped, manifest.empty_documents, manifest.documents) == (1, 1, len(kept))
+
+
+PLACES = {
+    "shard": "shards.ShardWriter.add",
+    "shard's record": "shards.ShardStore.finish",
+    "output": "indexed._HashedOutput.write",
+    "index": "indexed._write_index",
+    "manifest": "preprocess.write_manifest",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_full_disk_is_one_line_and_costs_no_finished_shard(tmp_path: Path, place: str, monkeypatch) -> None:
     (tmp_path / "a.jsonl").write_bytes(LINES * 50)
     tokenizer = save_tiktoken(tmp_path / "bytes.tiktoken")
-    config = PreprocessConfig(
-        [tmp_path / "a.jsonl"], tokenizer, tmp_path / "p", 4, tiktoken_pattern=PATTERN, shard_tokens=100
-    )
     monkeypatch.setattr("megatron_rpsd.data.tokenization.BATCH_BYTES", 200)
-    with monkeypatch.context() as patch:
-        patch.setattr("megatron_rpsd.data.indexed._HashedOutput.write", full)
-        with pytest.raises(ValueError, match="the disk is full; free some space and run again"):
-            preprocess(config)
-    said: list[str] = []
-    preprocess(config, said.append)
-    assert "finished shards of an earlier run: 150 documents" in said[0]
-    assert not (tmp_path / ".p.partial").exists()
+
+    def run(name: str, on_error: str = "stop", said: list | None = None) -> dict[str, bytes]:
+        inputs, prefix = [tmp_path / "a.jsonl"], tmp_path / name
+        config = PreprocessConfig(
+            inputs, tokenizer, prefix, 4, tiktoken_pattern=PATTERN, shard_tokens=100, on_error=on_error
+        )
+        preprocess(config, (said if said is not None else []).append)
+        return contents(prefix)
+
+    expected = run("untouched")
+    for on_error in ("stop", "skip"):
+        module, _, name = PLACES[place].partition(".")
+        target = f"megatron_rpsd.data.{module}.{name}"
+        with monkeypatch.context() as patch:
+            patch.setattr(target, full_behind(3 if "shard" in place else 0, pkgutil.resolve_name(target)))
+            with pytest.raises(ValueError, match="the disk is full; free some space and run again"):
+                run("p", on_error)
+        assert not contents(tmp_path / "p")
+        said: list[str] = []
+        assert run("p", on_error, said) == expected
+        assert "finished shards of an earlier run" in said[0] and not (tmp_path / ".p.partial").exists()
+        for path in tmp_path.glob("p.*"):
+            path.unlink()
+
+
+def full_behind(calls: int, function):
+    """`function` on a disk that is full after some calls."""
+    left = [calls]
+
+    def limited(*arguments, **named):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return function(*arguments, **named)
+
+    return limited
