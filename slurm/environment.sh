@@ -28,10 +28,15 @@ export TOKENIZERS_PARALLELISM=false
 # One thread for each rank's CPU operations; torchrun sets the same and warns about it.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-# Containers, off by default.
-# pyxis/enroot: options of srun.
+# srun does not take it over from sbatch, and one core for all ranks of a node would be little.
+export SRUN_CPUS_PER_TASK="${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-}}"
+[ -n "$SRUN_CPUS_PER_TASK" ] || unset SRUN_CPUS_PER_TASK
+
+# Containers, off by default. PYTHON is then the container's.
+# pyxis/enroot: options of srun. Checks run on the submit host and the batch host outside of it, by RPSD_HOST_PYTHON.
 #   export RPSD_SRUN_OPTIONS="--container-image=/images/rpsd.sqsh --container-mounts=/data,$RPSD_ROOT"
+#   export RPSD_HOST_PYTHON="$RPSD_ROOT/.venv/bin/python"
 export RPSD_SRUN_OPTIONS="${RPSD_SRUN_OPTIONS:-}"
-# apptainer: a command that every node's launcher is started with.
-#   export RPSD_WRAPPER="apptainer exec --nv --bind /data /images/rpsd.sif"
+# apptainer: a command that every node's launcher, and every check, is started with.
+#   export RPSD_WRAPPER="apptainer exec --nv --bind /data,$RPSD_ROOT /images/rpsd.sif"
 export RPSD_WRAPPER="${RPSD_WRAPPER:-}"

@@ -28,7 +28,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("run", type=Path, metavar="RUN")
     most = "Attempts in a row without a new checkpoint, after which the run stops. Default: 3."
-    shared.add_argument("--max-fruitless", type=int, default=int(os.environ.get("RPSD_MAX_FRUITLESS", "3")), help=most)
+    shared.add_argument("--max-fruitless", type=int, default=os.environ.get("RPSD_MAX_FRUITLESS", "3"), help=most)
     begins = commands.add_parser("begin", parents=[shared], help="before the ranks start")
     begins.add_argument("--nodes", type=int, required=True)
     begins.add_argument("--ranks-per-node", type=int, required=True, help="GPUs of a node.")

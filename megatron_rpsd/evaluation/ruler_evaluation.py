@@ -70,7 +70,7 @@ def _check_options(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
 
 
-def _make_prompts(args: argparse.Namespace, tasks: Sequence[Task], lengths: Sequence[int], folder: Path) -> list[Path]:
+def make_prompts(args: argparse.Namespace, tasks: Sequence[Task], lengths: Sequence[int], folder: Path) -> list[Path]:
     """Paths of the prompts, length by length, each in the tasks' order; those that the cache lacks are made."""
     cache = args.cache or args.output / "prompts"
     depths = [depth / 100 for depth in args.depths or DEPTHS]
@@ -101,40 +101,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _model(args: argparse.Namespace, facts: ModelFacts | None, factor: float | None) -> dict:
-    kind = args.backend.partition(":")[0]
-    if kind in LOCAL_MODEL:
-        return model_identity(facts, factor)
-    named = {"openai": args.model, "replay": str(args.predictions)}.get(kind, args.backend)
-    window = facts.config.max_position_embeddings if facts else None
-    return {"path": named, "max_position_embeddings": window, "rope": facts.rope if facts else None}
-
-
-def _place(path: Path, output: Path) -> str:
+def place(path: Path, output: Path) -> str:
     """A path as run.json keeps it: within OUTPUT relative to it, so that the folder can be moved."""
     path, output = path.absolute(), output.absolute()
     return str(path.relative_to(output) if path.is_relative_to(output) else path)
-
-
-def _provenance(
-    args: argparse.Namespace, cells: Sequence[Cell], engine: Engine, facts: ModelFacts | None, factor: float | None
-) -> dict:
-    first = cells[0].manifest
-    return {
-        "schema": 1,
-        **{key: first[key] for key in ("edition", "seed", "tokenizer_sha256")},
-        "model": _model(args, facts, factor),
-        "engine": engine.describe(),
-        "yarn_factor": factor,
-        "bos": bos_count(cells),
-        "model_template": first.get("model_template", "base"),
-        "teacher_forced": args.teacher_forced,
-        "versions": versions(),
-        "command": sys.argv,
-        "prepared": {
-            cell.name: {"path": _place(cell.path, args.output), "sha256": cell.manifest["sha256"]} for cell in cells
-        },
-    }
 
 
 def _tokens(args: argparse.Namespace) -> PromptTokens | None:
@@ -148,7 +118,7 @@ def _tokens(args: argparse.Namespace) -> PromptTokens | None:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What was asked for, checked as far as options alone allow."""
 
     args: argparse.Namespace
@@ -158,15 +128,71 @@ class _Plan:
     """None where --hf names no model."""
     factor: float | None
     tokens: PromptTokens | None
-    engine: Engine
 
     @property
     def computes(self) -> bool:
         """Whether a model reads the prompts, here or on a server."""
         return self.args.backend in COMPUTING
 
+    @property
+    def reader(self) -> tuple[PromptTokens | None, ModelFacts | None]:
+        """What prompts are read with; two None where no model reads them."""
+        return (self.tokens, self.facts) if self.computes else (None, None)
 
-def _plan(args: argparse.Namespace) -> _Plan:
+    def engine(self) -> Engine:
+        """Not loaded yet; to be closed."""
+        return make_engine(self.args, self.facts, self.tokens, self.factor, self.lengths[-1])
+
+    def paths(self) -> list[Path]:
+        """Of all prompts, length by length, each in the tasks' order; those that the cache lacks are made."""
+        return self.args.prepared or make_prompts(self.args, self.tasks, self.lengths, self.tokens.folder)
+
+    def model(self) -> dict:
+        """What run.json says about the model, as it is now."""
+        args, facts = self.args, self.facts
+        kind = args.backend.partition(":")[0]
+        if kind in LOCAL_MODEL:
+            return model_identity(facts, self.factor)
+        named = {"openai": args.model, "replay": str(args.predictions)}.get(kind, args.backend)
+        window = facts.config.max_position_embeddings if facts else None
+        return {"path": named, "max_position_embeddings": window, "rope": facts.rope if facts else None}
+
+    def provenance(self, cells: Sequence[Cell], engine: Engine) -> dict:
+        """run.json of a run over `cells`."""
+        first, args = cells[0].manifest, self.args
+        return {
+            "schema": 1,
+            **{key: first[key] for key in ("edition", "seed", "tokenizer_sha256")},
+            "model": self.model(),
+            "engine": engine.describe(),
+            "yarn_factor": self.factor,
+            "bos": bos_count(cells),
+            "model_template": first.get("model_template", "base"),
+            "teacher_forced": args.teacher_forced,
+            "versions": versions(),
+            "command": sys.argv,
+            "prepared": {
+                cell.name: {"path": place(cell.path, args.output), "sha256": cell.manifest["sha256"]} for cell in cells
+            },
+        }
+
+    def measured(self, paths: Sequence[Path]) -> tuple[list[Cell], list[str]]:
+        """The prepared files, read and checked, and what is to be said about them."""
+        cells = [measure(path, *self.reader) for path in paths]
+        check_alike(cells)
+        checks = []
+        if self.args.backend in LOCAL_MODEL:
+            checks.append(check_window(self.facts, self.factor, self.lengths[-1]))
+        if self.computes:
+            checks += check_tokens(cells, *self.reader)
+            if self.args.teacher_forced:
+                for cell in cells:
+                    self.tokens.answer_ids(cell.first)
+        return cells, checks
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
+    """The plan of `tools/evaluate.py`'s options; ValueError where they do not go together."""
     _check_options(args)
     lengths, tasks = wanted_lengths(args.lengths or ()), wanted_tasks(args.tasks or (), args.edition)
     if args.prepared:
@@ -174,8 +200,9 @@ def _plan(args: argparse.Namespace) -> _Plan:
     local = args.backend in LOCAL_MODEL
     facts = read_model(args.hf) if local or (args.hf and (args.hf / "config.json").is_file()) else None
     factor = yarn_factor(facts, args.yarn_factor or "", lengths[-1]) if local else None
-    tokens = _tokens(args)
-    return _Plan(args, tasks, lengths, facts, factor, tokens, make_engine(args, facts, tokens, factor, lengths[-1]))
+    if local:
+        check_window(facts, factor, lengths[-1])
+    return Plan(args, tasks, lengths, facts, factor, _tokens(args))
 
 
 def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
@@ -184,32 +211,28 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     Raises:
         ValueError: everything that a user can set wrong, before anything is computed where that is possible.
     """
-    plan = _plan(args)
+    plan = plan_of(args)
+    engine = plan.engine()
     try:
-        checks = []
-        if args.backend in LOCAL_MODEL:
-            checks.append(check_window(plan.facts, plan.factor, plan.lengths[-1]))
         with only_run(args.output):
-            return _run(plan, checks)
+            return score_output(args.output, answer(plan, engine, plan.paths(), args.output))
     finally:
-        plan.engine.close()
+        engine.close()
 
 
-def _run(plan: _Plan, checks: list[str]) -> tuple[dict, list[dict]]:
-    args, engine = plan.args, plan.engine
-    tokens, facts = (plan.tokens, plan.facts) if plan.computes else (None, None)
-    paths = args.prepared or _make_prompts(args, plan.tasks, plan.lengths, plan.tokens.folder)
-    cells = [measure(path, tokens, facts) for path in paths]
-    check_alike(cells)
-    if plan.computes:
-        checks += check_tokens(cells, tokens, facts)
-        if args.teacher_forced:
-            for cell in cells:
-                tokens.answer_ids(cell.first)
-    run = check_run(args.output, _provenance(args, cells, engine, plan.facts, plan.factor))
+def answer(plan: Plan, engine: Engine, paths: Sequence[Path], output: Path) -> dict:
+    """Have every sample of `paths` answered that `output`/predictions lacks; returns what `output`/run.json holds.
+
+    Args:
+        output: --output, or the folder of a part of it.
+    """
+    args = plan.args
+    cells, checks = plan.measured(paths)
+    run = check_run(output, plan.provenance(cells, engine))
     if checks:
         print("\n".join(checks))
-    done = [count_lines(args.output / "predictions", cell.name) for cell in cells]
+    done = [count_lines(output / "predictions", cell.name) for cell in cells]
+    tokens, facts = plan.reader
     rate = None
     if sum(done) < sum(cell.samples for cell in cells):
         engine.load()
@@ -219,12 +242,12 @@ def _run(plan: _Plan, checks: list[str]) -> tuple[dict, list[dict]]:
     rows = costs(cells, done, rate, facts, engine.parallel)
     print(cost_table(rows), flush=True)
     check_limit(rows, args.limit_hours)
-    write_run(args.output, run)
-    ask(engine, [cell.path for cell in cells], sum(cell.samples for cell in cells), args.output, args.teacher_forced)
-    return _score(args.output, run)
+    write_run(output, run)
+    ask(engine, [cell.path for cell in cells], sum(cell.samples for cell in cells), output, args.teacher_forced)
+    return run
 
 
-def _score(output: Path, run: dict) -> tuple[dict, list[dict]]:
+def score_output(output: Path, run: dict) -> tuple[dict, list[dict]]:
     """Scores of every task and length that the run has whole, those of earlier commands included."""
     folder, whole, predictions = output / "predictions", [], {}
     for name, entry in run["prepared"].items():

@@ -66,6 +66,12 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--output", type=Path, required=True, metavar="DIR", help="a killed run goes on from here")
     group.add_argument("--limit-hours", type=float, metavar="H", help="refuse a run that is estimated to take longer")
+    parts = group.add_mutually_exclusive_group()
+    part = "answer one task at one length, counted from 0, length by length, into DIR/parts"
+    parts.add_argument("--part", type=int, metavar="K", help=part)
+    parts.add_argument("--merge", action="store_true", help="put the parts together, without a model, and report")
+    left = "check everything that needs no GPU, and print the parts that are not whole"
+    parts.add_argument("--list-parts", action="store_true", help=left)
 
 
 def evaluation_parser(description: str) -> argparse.ArgumentParser:

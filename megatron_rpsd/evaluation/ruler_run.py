@@ -82,6 +82,11 @@ def _first_difference(old: object, new: object, path: str = "") -> tuple[str, ob
     return None if old == new else (path, old, new)
 
 
+def fields_of(forced: bool) -> tuple[str, ...]:
+    """Keys that a line of predictions has; `forced`: gold answers are scored too."""
+    return _PLAIN + _FORCED * forced
+
+
 def _compared(run: dict) -> dict:
     """What two sessions of one run have in common. A model that is known by its content may have been moved."""
     kept = {key: value for key, value in run.items() if key not in _NOT_COMPARED}
@@ -111,8 +116,13 @@ def check_run(output: Path, provenance: dict) -> dict:
         old = json.loads(path.read_bytes())
     except ValueError:
         raise ValueError(f"{path} is no JSON; give another --output") from None
-    kept, wanted = _compared(old), _compared(provenance)
-    sums = [{name: entry["sha256"] for name, entry in run.get("prepared", {}).items()} for run in (old, provenance)]
+    return join_runs(output, old, provenance)
+
+
+def join_runs(output: Path, old: dict, new: dict) -> dict:
+    """`old` with the prompts of both; ValueError, which names `output`, where they are not of one run."""
+    kept, wanted = _compared(old), _compared(new)
+    sums = [{name: entry["sha256"] for name, entry in run.get("prepared", {}).items()} for run in (old, new)]
     shared = [{name: by[name] for name in by if all(name in other for other in sums)} for by in sums]
     for one, other in ((kept, wanted), shared):
         difference = _first_difference(one, other)
@@ -122,7 +132,7 @@ def check_run(output: Path, provenance: dict) -> dict:
                 f"--output {output} holds another run: {where} was {json.dumps(was)}, now {json.dumps(now)}; give "
                 "another --output, or the same options as before"
             )
-    return old | {"prepared": old["prepared"] | provenance["prepared"]}
+    return old | {"prepared": old["prepared"] | new["prepared"]}
 
 
 def write_run(output: Path, run: dict) -> None:
@@ -151,7 +161,7 @@ def ask(
     progress = Progress(total, stream)
     for path in paths:
         prepared = load_prepared(path)
-        file = PredictionFile(output / "predictions", prepared, _PLAIN + _FORCED * forced)
+        file = PredictionFile(output / "predictions", prepared, fields_of(forced))
         pending = file.missing(engine.batch_size if engine.fixed_batches else 1)
         progress.skip(len(prepared.samples) - len(pending))
         begun, before = time.monotonic(), progress.done

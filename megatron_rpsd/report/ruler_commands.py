@@ -11,12 +11,19 @@ from megatron_rpsd.data.files import replace_file, write_json
 
 
 def run_evaluation(args: argparse.Namespace) -> int:
-    """Evaluate; OUTPUT then also holds samples.jsonl, scores.json and the report."""
+    """Evaluate; OUTPUT then also holds samples.jsonl, scores.json and the report. A part alone has no scores."""
     from megatron_rpsd.evaluation.ruler_evaluation import evaluate
+    from megatron_rpsd.evaluation.ruler_parts import evaluate_part, merge_parts, parts_left
     from megatron_rpsd.evaluation.scores import samples_file
 
     try:
-        scores, rows = evaluate(args)
+        if args.list_parts:
+            print("".join(f"{number} {name}\n" for number, name in parts_left(args)), end="")
+            return 0
+        if args.part is not None:
+            evaluate_part(args)
+            return 0
+        scores, rows = merge_parts(args) if args.merge else evaluate(args)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import time
@@ -18,6 +19,8 @@ from pathlib import Path
 
 from megatron_rpsd.runs.checkpoints import complete_iterations
 from megatron_rpsd.runs.folder import RunFolder
+
+_ERROR = re.compile(r"(error|stop): ")
 
 
 class Verdict(Enum):
@@ -73,6 +76,16 @@ def fruitless(lines: list[dict], newest: int) -> int:
     return count
 
 
+def refuse_hopeless(run: Path, max_fruitless: int) -> None:
+    """Raise ValueError where another attempt has nothing to do, or too many in a row came to nothing."""
+    folder = RunFolder(run)
+    if folder.finished.is_file():
+        raise ValueError(f"{folder.finished} says that this run is finished; nothing is left to do")
+    lost = fruitless(records(folder), _newest(folder))
+    if lost >= max_fruitless:
+        raise ValueError(_crash_loop(folder, lost, max_fruitless))
+
+
 def begin(run: Path, max_fruitless: int) -> int:
     """Start an attempt; an old request to stop, and an old error, are taken back.
 
@@ -85,12 +98,8 @@ def begin(run: Path, max_fruitless: int) -> int:
     Raises:
         ValueError: the run is finished or has crashed too often.
     """
+    refuse_hopeless(run, max_fruitless)
     folder = RunFolder(run)
-    if folder.finished.is_file():
-        raise ValueError(f"{folder.finished} says that this run is finished; nothing is left to do")
-    lost = fruitless(records(folder), _newest(folder))
-    if lost >= max_fruitless:
-        raise ValueError(_crash_loop(folder, lost, max_fruitless))
     iteration = _newest(folder)
     folder.stop.unlink(missing_ok=True)
     folder.error.unlink(missing_ok=True)
@@ -119,6 +128,16 @@ def end(run: Path, code: int, max_fruitless: int) -> Ending:
     )
 
 
+def last_words(log: Path) -> str:
+    """Why a job ended, by its log: its last error, else its last line that is not srun's own."""
+    if not log.is_file():
+        return f"it never began, there is no {log}"
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    lines = [line for line in lines if line and not line.startswith("srun: ")]
+    errors = [line for line in lines if _ERROR.match(line)]
+    return (errors or lines or [f"{log} is empty"])[-1]
+
+
 def _crash_loop(folder: RunFolder, lost: int, limit: int) -> str:
     codes = [line["code"] for line in records(folder) if line["event"] == "end"]
     last = f", the last with exit code {codes[-1]}" if codes else ""
@@ -128,12 +147,11 @@ def _crash_loop(folder: RunFolder, lost: int, limit: int) -> str:
     )
 
 
-def write_command(run: Path, files: Sequence[Path], typed: Sequence[str], script: Path | None) -> list[str]:
-    """The training's arguments: --run-dir, the words of the files, what was typed; kept in the run's folder.
+def command_words(run: Path, files: Sequence[Path], typed: Sequence[str]) -> list[str]:
+    """The training's arguments: --run-dir, the words of the files, what was typed.
 
     Args:
         files: flags, words as a shell would read them; `#` starts a comment.
-        script: the batch script, of which a copy is kept.
 
     Raises:
         ValueError: a file is absent or cannot be split into words.
@@ -146,7 +164,12 @@ def write_command(run: Path, files: Sequence[Path], typed: Sequence[str], script
             words += shlex.split(path.read_text(encoding="utf-8"), comments=True)
         except ValueError as error:
             raise ValueError(f"{path} cannot be split into flags: {error}") from error
-    words += typed
+    return words + list(typed)
+
+
+def write_command(run: Path, files: Sequence[Path], typed: Sequence[str], script: Path | None) -> list[str]:
+    """`command_words`, kept in the run's folder; of `script`, the batch script, a copy beside it."""
+    words = command_words(run, files, typed)
     folder = RunFolder(run)
     run.mkdir(parents=True, exist_ok=True)
     folder.command.write_text("".join(f"{word}\0" for word in words), encoding="utf-8")
