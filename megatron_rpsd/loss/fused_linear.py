@@ -114,6 +114,8 @@ def fused_linear_loss(
     arguments = _Pass(
         labels, clm_weights, shard, split_readings, view_weights, divergence, teacher, reweigh, logit_scale, chunk_bytes
     )
+    if not torch.is_grad_enabled():  # autograd would still say that a parameter wants its gradient
+        hidden, weight = hidden.detach(), weight.detach()
     return LinearLoss(*_FusedLinearLoss.apply(hidden, weight, arguments))
 
 

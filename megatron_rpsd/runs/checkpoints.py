@@ -41,29 +41,36 @@ def trust_newest(checkpoints: Path, say: Callable[[str], None]) -> int | None:
         The iteration; None where no checkpoint was ever completed.
 
     Raises:
-        ValueError: every completed checkpoint is damaged. Starting over would lose the run without a word.
+        ValueError: every completed checkpoint is damaged. Starting over would lose the run without a word; so they stay
+            where they are, and the next start says the same.
     """
-    lost = []
+    aside: list[tuple[int, str, str]] = []
+    trusted = None
     for iteration in reversed(iterations(checkpoints)):
         folder = iteration_folder(checkpoints, iteration)
         if not complete(folder):
-            aside, reason = "interrupted", "its writing was interrupted"
+            aside.append((iteration, "interrupted", "its writing was interrupted"))
+        elif (reason := damage(folder)) is not None:
+            aside.append((iteration, "damaged", reason))
         else:
-            aside, reason = "damaged", damage(folder)
-            if reason is None:
-                _track(checkpoints, iteration)
-                return iteration
-            lost.append(f"iteration {iteration}: {reason}")
-        target = _free_name(checkpoints / f"{aside}-{folder.name}")
-        folder.rename(target)
-        say(f"checkpoint of iteration {iteration} is not used: {reason}; set aside as {target.name}")
-    if lost:
+            trusted = iteration
+            break
+    lost = [f"iteration {iteration}: {reason}" for iteration, kind, reason in aside if kind == "damaged"]
+    if lost and trusted is None:
         raise ValueError(
             f"every completed checkpoint of {checkpoints} is damaged ({'; '.join(lost)}): restore one, or start over "
             "in another run folder"
         )
-    (checkpoints / TRACKER).unlink(missing_ok=True)
-    return None
+    for iteration, kind, reason in aside:
+        folder = iteration_folder(checkpoints, iteration)
+        target = _free_name(checkpoints / f"{kind}-{folder.name}")
+        folder.rename(target)
+        say(f"checkpoint of iteration {iteration} is not used: {reason}; set aside as {target.name}")
+    if trusted is None:
+        (checkpoints / TRACKER).unlink(missing_ok=True)
+    else:
+        _track(checkpoints, trusted)
+    return trusted
 
 
 def _track(checkpoints: Path, iteration: int) -> None:

@@ -33,8 +33,18 @@ class RunFolder:
 
     @property
     def origins(self) -> Path:
-        """One JSON object a line and start: command, versions, git state, host, Slurm's variables."""
+        """One JSON object a line and start: time, iteration, command, versions, git state, host, Slurm's variables."""
         return self.path / "starts.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """One JSON object a line: what befell the run; see `runs.events`."""
+        return self.path / "events.jsonl"
+
+    @property
+    def wandb_id(self) -> Path:
+        """The wandb run that every start goes on with."""
+        return self.path / "wandb_id"
 
     @property
     def attempts(self) -> Path:

@@ -1,16 +1,19 @@
 """A run's figures as JSON lines, one a step, beside tensorboard: what Megatron writes there is written here too.
 
-The first line of every start gives the units. A step taken twice, as a run resumed before it, has two lines.
+The first line of every start gives the units. Evaluation's scores at a step are a line of their own. A step taken
+twice, as a run resumed before it, is there twice; `time` tells which came later.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 from megatron.training import global_vars
 
 UNITS = {
+    "time": "seconds since 1970",
     "lm loss": "nats per token",
     "view kl": "nats per suffix token",
     "view lm loss": "nats per suffix token",
@@ -28,7 +31,11 @@ UNITS = {
     "world-size": "processes",
     "skipped-train-samples": "sequences",
     "iteration-time": "seconds",
-    "throughput": "TFLOP/s per GPU, one view counted",
+    "throughput": "TFLOP/s per GPU, of the views that were drawn",
+    "gflop per token": "1e9 model operations per token of the standard view",
+    "tokens per second": "the standard view's tokens of all ranks; without evaluation, checkpoints and the first step",
+    "tflops per rank": "1e12 model operations per second and rank, by the same clock",
+    "mfu": "percent of the device's dense bf16 peak, or of --peak-tflops",
     "mem-reserved-bytes": "bytes",
     "mem-allocated-bytes": "bytes",
     "mem-max-allocated-bytes": "bytes",
@@ -65,7 +72,7 @@ class MetricsFile:
     def flush(self) -> None:
         """Write the line of the step so far."""
         if self._values:
-            self._append({"iteration": self._step, **self._values})
+            self._append({"iteration": self._step, "time": time.time(), **self._values})
             self._values = {}
         if self._writer is not None:
             self._writer.flush()

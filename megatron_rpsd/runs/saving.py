@@ -7,8 +7,10 @@ go after that. Ends when upstream's own integrity manifest falls back to an olde
 
 from __future__ import annotations
 
+import argparse
 import errno
 import functools
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -93,12 +95,35 @@ def seal(folder: Path, keeping: Keeping) -> None:
     dist.barrier()
 
 
-def guard_saving(save: Path, keeping: Keeping, sealed: Callable[[int], None] = lambda iteration: None) -> None:
+def check_async_save(args: argparse.Namespace) -> None:
+    """Refuse --async-save where Megatron would save synchronously all the same, or fail at the first checkpoint.
+
+    Raises:
+        ValueError: in one line.
+    """
+    if not args.async_save:
+        return
+    if not args.use_persistent_ckpt_worker:
+        raise ValueError("--async-save needs --use-persistent-ckpt-worker: without it Megatron saves synchronously")
+    if args.async_strategy == "nvrx" and importlib.util.find_spec("nvidia_resiliency_ext") is None:
+        raise ValueError(
+            "--async-save by --async-strategy nvrx (the default) needs the package nvidia-resiliency-ext, which is "
+            "not installed: install it, or give --async-strategy mcore"
+        )
+
+
+def guard_saving(
+    save: Path,
+    keeping: Keeping,
+    sealed: Callable[[int], None] = lambda iteration: None,
+    tell: Callable[[str, str], None] = lambda kind, text: None,
+) -> None:
     """Let Megatron's training loop save with room checked before and the sums written after. Once a process.
 
     Args:
         save: --save.
         sealed: called on every rank with the iteration of each checkpoint that became whole.
+        tell: called on every rank with "no room" and a line for each checkpoint that is not written.
     """
     original_save, original_schedule = checkpointing.save_checkpoint, checkpointing.schedule_async_save
     pending: list[int] = []
@@ -114,7 +139,9 @@ def guard_saving(save: Path, keeping: Keeping, sealed: Callable[[int], None] = l
         size = checkpoint_bytes(model, optimizer is not None)
         full = agreed(no_room(save, size) if dist.get_rank() == 0 else None)
         if full is not None:
-            print_rank_0(f"warning: no checkpoint of iteration {iteration} is written: {full}; the run goes on")
+            text = f"no checkpoint of iteration {iteration} is written: {full}; the run goes on"
+            print_rank_0(f"warning: {text}")
+            tell("no room", text)
             return None
         pending.append(iteration)
         original_save(iteration, model, optimizer, *args, **kwargs)

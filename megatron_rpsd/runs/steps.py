@@ -77,11 +77,18 @@ class StepGuard:
         watch: the forward step that knows the samples.
         policy: stop: end the run; skip: leave the parameters as they are and go on.
         most: skipped steps in a row at which the run ends all the same.
+        tell: called on every rank with "skipped" and a line for each step that is skipped.
     """
 
-    def __init__(self, watch: SampleWatch, policy: str, most: int) -> None:
+    def __init__(
+        self,
+        watch: SampleWatch,
+        policy: str,
+        most: int,
+        tell: Callable[[str, str], None] = lambda kind, text: None,
+    ) -> None:
         assert policy in POLICIES and most >= 1
-        self.watch, self.policy, self.most = watch, policy, most
+        self.watch, self.policy, self.most, self.tell = watch, policy, most, tell
         self.skipped = 0
 
     def allows(self, iteration: int, model: Sequence[torch.nn.Module]) -> bool:
@@ -107,6 +114,7 @@ class StepGuard:
             again = f", after {self.most} skipped steps in a row" if self.policy == "skip" else ""
             raise NonFinite(f"{text}{again}; the parameters are those of step {iteration - self.skipped}")
         print_rank_0(f"warning: {text}; its update is skipped")
+        self.tell("skipped", f"{text}; its update is skipped")
         return False
 
 

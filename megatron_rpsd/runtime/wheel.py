@@ -85,14 +85,22 @@ def _load_fp32_shards_without_autograd() -> None:
     """Let the distributed optimizer resume a run whose parameters are fp32.
 
     Its main parameters are then views of the model's own, which require gradients, and
-    `_set_main_param_and_optimizer_states` copies into them with autograd on. Ends when upstream copies under no_grad.
+    `_set_main_param_and_optimizer_states` copies into them with autograd on. It also looks for every tensor of torch's
+    Adam among the loaded ones, where the fully_reshardable format holds no step count; that is set elsewhere. Ends when
+    upstream copies under no_grad and leaves the count out.
     """
     cls = distrib_optimizer.DistributedOptimizer
     original = cls._set_main_param_and_optimizer_states
-    if not hasattr(original, _REPAIRED):
-        repaired = torch.no_grad()(original)
-        setattr(repaired, _REPAIRED, True)
-        cls._set_main_param_and_optimizer_states = repaired
+    if hasattr(original, _REPAIRED):
+        return
+
+    @functools.wraps(original)
+    @torch.no_grad()
+    def repaired(self, model_param, tensors):
+        original(self, model_param, {"step": None, **tensors})
+
+    setattr(repaired, _REPAIRED, True)
+    cls._set_main_param_and_optimizer_states = repaired
 
 
 def _save_without_a_process_for_the_results() -> None:

@@ -6,13 +6,11 @@ import argparse
 import json
 import math
 import sys
-import traceback
 from pathlib import Path
 
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import get_tokenizer, set_global_variables
-from megatron.training.utils.common_utils import get_blend_and_blend_per_split
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_rpsd.data.chat import check_conversations
@@ -26,6 +24,14 @@ from megatron_rpsd.training.distillation import add_distillation_arguments, chec
 from megatron_rpsd.training.errors import quiet_parser
 from megatron_rpsd.training.frozen_dims import add_freezing_arguments, check_frozen_dims
 from megatron_rpsd.training.lengths import add_length_arguments, check_length_mix
+from megatron_rpsd.training.megatron_checks import (
+    check_batch,
+    check_folders,
+    check_numbers,
+    check_sources,
+    check_stages,
+    refusal,
+)
 from megatron_rpsd.training.objective import LOSS_IMPLEMENTATIONS
 from megatron_rpsd.training.packing import add_packing_arguments, check_document_ends, settle_packing
 from megatron_rpsd.training.phases import (
@@ -37,6 +43,8 @@ from megatron_rpsd.training.phases import (
 )
 from megatron_rpsd.training.ruler_scores import add_ruler_arguments
 from megatron_rpsd.training.run_folder import add_run_arguments, settle_run_folder
+from megatron_rpsd.training.saved_checkpoint import check_start, read_alone
+from megatron_rpsd.training.splits import check_splits, data_blends
 
 
 def add_rpsd_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -83,17 +91,24 @@ def add_rpsd_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     return quiet_parser(parser)
 
 
-def parse_and_check(defaults: dict | None = None) -> argparse.Namespace:
+def parse_and_check(defaults: dict | None = None, starting: bool = True) -> argparse.Namespace:
     """Parse, complete, check and publish the arguments of this process, in the order that Megatron expects.
 
     The same steps as Megatron's `parse_and_validate_args`, with our checks before its assertions. Model arguments come
     from the checkpoint under `--use-checkpoint-args`.
 
+    Args:
+        starting: False: a look at the command line alone (`settle_run_folder`).
+
     Raises:
         ValueError: one line that names the flag.
     """
     args = parse_args(add_rpsd_arguments)
-    settle_run_folder(args)
+    check_numbers(args)
+    check_folders(args)
+    check_sources(args)
+    settle_run_folder(args, starting)
+    check_start(args)
     if args.use_checkpoint_args:
         _load_model_arguments(args)
     if cpu_runtime_installed():
@@ -103,19 +118,24 @@ def parse_and_check(defaults: dict | None = None) -> argparse.Namespace:
     try:
         validate_args(args, defaults or {})
     except AssertionError as refused:
-        # Many of Megatron's assertions carry no message; their source line says what they want.
-        reason = str(refused) or traceback.extract_tb(refused.__traceback__)[-1].line
-        raise ValueError(f"Megatron refuses these arguments: {reason}") from refused
+        raise ValueError(refusal(refused, args)) from refused
     if args.vocab_size is not None:
         args.padded_vocab_size = calculate_padded_vocab_size(
             args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size, logging_enabled=False
         )
-    set_global_variables(args)
+    try:
+        set_global_variables(args)
+    except ValueError as refused:
+        if "okenizer" not in str(refused):
+            raise
+        given = f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {args.tokenizer_model}"
+        raise ValueError(f"{given}: {str(refused).splitlines()[0]}") from refused
     _settle_vocabulary(args)
     if args.conversations:
         check_chat_tokenizer(args)
     elif args.reset_attention_mask or args.reset_position_ids or args.teacher_document_mask:
         check_document_ends(args, get_tokenizer().eod, [*_data_prefixes(args), *phase_prefixes(args)])
+    check_splits(args)
     return args
 
 
@@ -131,11 +151,12 @@ def _load_model_arguments(args: argparse.Namespace) -> None:
         args.use_tokenizer_model_from_checkpoint_args = False
     # A run's own checkpoint knows all of it: what the pretrained one says must not mix in.
     for name in ("load", "pretrained_checkpoint"):
-        loaded = load_args_from_checkpoint(args, load_arg=name)
+        with read_alone():
+            loaded = load_args_from_checkpoint(args, load_arg=name)
         if isinstance(loaded, tuple):
             saved = loaded[1]
             args.vocab_size = typed_vocab or getattr(saved, "vocab_size", None)
-            args.rope_parameters = typed_rope or getattr(saved, "rope_parameters", None)
+            args.rope_parameters = getattr(saved, "rope_parameters", None) if typed_rope is None else typed_rope
             args.qk_layernorm = saved.qk_layernorm
             args.layernorm_epsilon = saved.layernorm_epsilon
             if name == "load" and not args.finetune:
@@ -181,6 +202,8 @@ def check_arguments(args: argparse.Namespace) -> None:
                 f"{flag} is not set: give it, or --use-checkpoint-args with --load or --pretrained-checkpoint"
             )
     _check_parallel_degrees(args)
+    check_batch(args)
+    check_stages(args)
     _check_objective(args)
     _check_loss(args)
     _check_model(args)
@@ -204,6 +227,11 @@ def _check_parallel_degrees(args: argparse.Namespace) -> None:
             f"{tp} x {cp} x {pp} = {tp * cp * pp} does not divide them; change --nproc-per-node/--nnodes or the degrees"
         )
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    if args.num_attention_heads % groups:
+        raise ValueError(
+            f"--num-query-groups {groups} does not divide --num-attention-heads {args.num_attention_heads}: every "
+            "group of query heads shares a key head"
+        )
     for name, count in (("--num-attention-heads", args.num_attention_heads), ("--num-query-groups", groups)):
         if count % tp:
             raise ValueError(
@@ -298,7 +326,7 @@ def _check_rope(args: argparse.Namespace) -> None:
 
 def _data_prefixes(args: argparse.Namespace) -> list[str]:
     """What --data-path and its kin name, each once."""
-    blend, per_split = get_blend_and_blend_per_split(args)
+    blend, per_split = data_blends(args)
     return sorted({prefix for part in [blend, *(per_split or [])] if part for prefix in part[0]})
 
 

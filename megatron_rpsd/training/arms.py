@@ -203,9 +203,10 @@ def suffix_unit(args: argparse.Namespace) -> int:
 
 def default_granule(args: argparse.Namespace, length: int) -> int:
     """2 x CP x TP x 16 tokens, which keeps kernels' shapes even; less where sequences are short, so that splits stay
-    many.
+    many. A resumed run keeps the unit of its first start (`training.resuming`).
     """
-    unit = 2 * args.context_parallel_size * args.tensor_model_parallel_size
+    drawn_for = getattr(args, "rpsd_drawn_for", None)
+    unit = drawn_for[2] if drawn_for else 2 * args.context_parallel_size * args.tensor_model_parallel_size
     return min(max(unit, min(16 * unit, length // 32 // unit * unit)), max(length, 1))
 
 

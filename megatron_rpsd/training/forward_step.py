@@ -24,9 +24,11 @@ from megatron_rpsd.positions import (
     inverse_frequencies,
     rope_tables,
 )
+from megatron_rpsd.runs.throughput import WORK
 from megatron_rpsd.training.batch import TWO_VIEWS, ViewBatch, make_view_batch
 from megatron_rpsd.training.objective import Objective
 from megatron_rpsd.training.packing import CONCATENATED, Packing, packing_sums
+from megatron_rpsd.training.step_work import longce_flops, model_shape, student_flops, teacher_flops
 
 EXECUTIONS = ("shared-prefix", "full")
 
@@ -55,6 +57,7 @@ class ForwardStep:
         self.mix = mix
         self.packing = packing
         self.teacher = teacher
+        self.shape = model_shape(model_config)
         self.inv_freq, self.attention_scaling = model_config.inverse_frequencies()
 
     def __call__(self, data_iterator, model):
@@ -122,15 +125,28 @@ class ForwardStep:
         reading = None if self.teacher is None else self.teacher.read(self, model, sample)
         process = functools.partial(self.objective.output_processor, teacher=reading)
         output = self._forward(model, batch, process)
-        packed = {} if batch.documents is None else packing_sums(batch.documents, sample["loss_mask"])
-        return output, functools.partial(self._loss, batch, model.training, packed, reading is not None)
+        logged = {} if batch.documents is None else packing_sums(batch.documents, sample["loss_mask"])
+        if model.training:
+            logged[WORK] = torch.tensor([self.flops(batch, sample) / 1e9, float(sample["tokens"].numel())])
+        return output, functools.partial(self._loss, batch, model.training, logged, reading is not None)
+
+    def flops(self, batch: ViewBatch, sample: Mapping[str, Tensor]) -> int:
+        """Model operations of a micro-batch of training: of its whole rows, over all layers and vocabulary."""
+        cut, longce = self.packing.attention, self.objective.longce
+        count = student_flops(self.shape, batch, cut)
+        if batch.short_loss is not None:
+            count += longce_flops(self.shape, longce, batch, cut)
+        live = getattr(self.teacher, "config", None)  # a cache has none
+        if live is not None:
+            count += teacher_flops(model_shape(live), sample, cut or self.teacher.document_mask)
+        return count
 
     def _loss(
-        self, batch: ViewBatch, training: bool, packed: Mapping[str, Tensor], distilled: bool, sums: Tensor
+        self, batch: ViewBatch, training: bool, counted: Mapping[str, Tensor], distilled: bool, sums: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         loss, tokens, logged = self.objective.loss(batch, training, sums, distilled)
         if training:
-            logged |= {name: pair.to(sums.device) for name, pair in packed.items()}
+            logged |= {name: pair.to(sums.device) for name, pair in counted.items()}
         if self.mix is not None and training:
             logged["mean length"] = sums.new_tensor([batch.layout.length, 1.0])
         return loss, tokens, logged

@@ -64,7 +64,7 @@ def check_command_line() -> None:
         from megatron_rpsd.training.arguments import parse_and_check
 
         repair_wheel()
-        parse_and_check()
+        parse_and_check(starting=False)
 
 
 def main() -> None:

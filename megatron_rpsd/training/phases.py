@@ -39,6 +39,7 @@ from megatron_rpsd.positions import (
 from megatron_rpsd.training.arms import sampler_from_args, suffix_unit
 from megatron_rpsd.training.dataset import dataset_config, indexed
 from megatron_rpsd.training.forward_step import ForwardStep
+from megatron_rpsd.training.resuming import step_shape
 
 _DATA_ARGUMENTS = ("data_args_path", "train_data_path", "valid_data_path", "test_data_path", "per_split_data_args_path")
 
@@ -203,7 +204,7 @@ def phased_forward_step(
 ) -> PhasedForwardStep:
     """The forward step of `--rope-phases`; `whole` is the run's without phases."""
     schedule = parse_phases(args.rope_phases)
-    step = StepShape(args.global_batch_size, args.micro_batch_size, args.data_parallel_size)
+    step = step_shape(args)
     steps = []
     for phase in schedule.phases:
         rope = dataclasses.replace(model_config.rope, base=float(phase.base))

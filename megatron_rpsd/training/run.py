@@ -9,7 +9,7 @@ from megatron.training.utils.common_utils import print_rank_0
 
 from megatron_rpsd.loss import Divergence
 from megatron_rpsd.model import RPSDModelConfig, model_config_from_args
-from megatron_rpsd.positions import SPLIT_VIEWS, StepShape
+from megatron_rpsd.positions import SPLIT_VIEWS
 from megatron_rpsd.runtime.wheel import repair_wheel
 from megatron_rpsd.training.arguments import parse_and_check
 from megatron_rpsd.training.arms import sampler_from_args, views_of
@@ -23,6 +23,7 @@ from megatron_rpsd.training.longce import LongCE
 from megatron_rpsd.training.objective import LossOptions, Objective
 from megatron_rpsd.training.packing import packing_from_args
 from megatron_rpsd.training.phases import phased_datasets_provider, phased_forward_step
+from megatron_rpsd.training.resuming import step_shape
 from megatron_rpsd.training.ruler_scores import ruler_scores_from_args
 from megatron_rpsd.training.run_folder import guarded
 from megatron_rpsd.training.teacher_cache import source_from_args
@@ -39,7 +40,7 @@ def forward_step_from_args(args: argparse.Namespace, model_config: RPSDModelConf
     teacher = source_from_args(args)  # first: a cache says which K it holds
     distillation, vocab_size = distillation_from_args(args), model_config.real_vocab_size
     objective = Objective(views_of(args), args.rpsd_kl_weight, vocab_size, options, longce, distillation)
-    step = StepShape(args.global_batch_size, args.micro_batch_size, args.data_parallel_size)
+    step = step_shape(args)
     sampler = sampler_from_args(args, step)
     mix, packing = mixed_lengths_from_args(args, step), packing_from_args(args)
     return ForwardStep(model_config, objective, sampler, args.seq_length, args.rpsd_execution, mix, packing, teacher)

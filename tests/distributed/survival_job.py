@@ -1,13 +1,15 @@
-"""Runs that are disturbed from within: a full disk, an infinite gradient, a rank that hangs."""
+"""Runs that are disturbed or watched from within: a full disk, an infinite gradient, a rank that hangs, wandb."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.machinery
 import io
 import os
 import sys
 import time
+import types
 from pathlib import Path
 
 import torch
@@ -84,3 +86,67 @@ def hang(arguments: list[str], errors: Path) -> None:
 
     SampleWatch.__call__ = call
     training_job.train(arguments)
+
+
+def train_with_wandb(arguments: list[str]) -> tuple[str, dict, dict[str, list[float]]]:
+    """As `training_job.train`, with a wandb that remembers: standard output, what it began with, name -> values."""
+    begun, logged = {}, {}
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    wandb.Error, wandb.run, wandb.finish = type("Error", (Exception,), {}), None, lambda: None
+    wandb.config = types.SimpleNamespace(update=lambda values: None)
+
+    def init(**given) -> None:
+        begun.update(given, config=None, id=os.environ["WANDB_RUN_ID"], resume=os.environ["WANDB_RESUME"])
+
+    def log(values: dict, step: int) -> None:
+        for name, value in values.items():
+            logged.setdefault(name, []).append((step, float(value)))
+
+    wandb.init, wandb.log = init, log
+    sys.modules["wandb"] = wandb
+    from megatron.training import checkpointing
+
+    checkpointing.wandb_utils.on_save_checkpoint_success = lambda *given: None  # artifacts need a server
+    checkpointing.wandb_utils.on_load_checkpoint_success = lambda *given: None
+    return training_job.train(arguments), begun, logged
+
+
+def train_asynchronously(arguments: list[str]) -> dict[str, list[tuple[str, bool, bool]]]:
+    """For every checkpoint's folder, in order: (what happened, whether Megatron had finished it, whether it had sums)."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+    from megatron.training import checkpointing
+
+    from megatron_rpsd.runs import saving
+    from megatron_rpsd.training import run_folder
+
+    happened, guard, seal = {}, saving.guard_saving, saving.seal
+
+    def note(what: str, folder: Path) -> None:
+        state = (what, (folder / ".metadata").is_file(), (folder / "checksums.json").is_file())
+        happened.setdefault(folder.name, []).append(state)
+
+    def sealed(folder: Path, keeping) -> None:
+        note("written", folder)
+        seal(folder, keeping)
+        note("sealed", folder)
+
+    def guarded(save: Path, *given, **named) -> None:
+        guard(save, *given, **named)
+        schedule = checkpointing.schedule_async_save
+
+        def scheduled(request):
+            schedule(request)
+            note("scheduled", max(save.glob("iter_*")))
+
+        checkpointing.schedule_async_save = scheduled
+
+    saving.seal, run_folder.guard_saving = sealed, guarded
+    start_writer = PersistentAsyncCaller._get_process.__func__
+
+    def forked(cls, rank, mp_mode="fork", *given, **named):  # Megatron's own start imports torch in every writer
+        return start_writer(cls, rank, "fork", *given, **named)
+
+    PersistentAsyncCaller._get_process = classmethod(forked)
+    training_job.train(arguments)
+    return happened

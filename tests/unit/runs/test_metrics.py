@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import torch
 
@@ -28,7 +29,7 @@ def lines(path) -> list[dict]:
 
 
 def test_a_step_is_a_line_and_tensorboard_hears_everything(tmp_path):
-    path, recorder = tmp_path / "run" / "metrics.jsonl", Recorder()
+    path, recorder, before = tmp_path / "run" / "metrics.jsonl", Recorder(), time.time()
     metrics = MetricsFile(path, recorder)
     metrics.add_scalar("lm loss", torch.tensor(2.5), 1)
     metrics.add_scalar("lm loss vs samples", torch.tensor(2.5), 4)
@@ -37,10 +38,10 @@ def test_a_step_is_a_line_and_tensorboard_hears_everything(tmp_path):
     metrics.add_scalar("lm loss", 2.25, 2)
     metrics.flush()
     metrics.flush()
-    assert lines(path)[1:] == [
-        {"iteration": 1, "lm loss": 2.5, "grad-norm": 0.5},
-        {"iteration": 2, "lm loss": 2.25},
-    ]
+    first, second = lines(path)[1:]
+    assert before <= first.pop("time") <= second.pop("time") <= time.time()
+    assert first == {"iteration": 1, "lm loss": 2.5, "grad-norm": 0.5}
+    assert second == {"iteration": 2, "lm loss": 2.25}
     scalars = [told for told in recorder.told if told != ("flush",)]
     assert [(name, step) for name, _, step in scalars] == [
         ("lm loss", 1), ("lm loss vs samples", 4), ("grad-norm", 1), ("lm loss", 2)
