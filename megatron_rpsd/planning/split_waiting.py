@@ -36,9 +36,11 @@ def expected_step_time(
         ValueError: a size below 1, or a share outside of [0, 1].
     """
     if min(data_parallel_size, micro_steps, steps) < 1:
-        raise ValueError("data_parallel_size, micro_steps and steps must be at least 1")
+        raise ValueError(
+            f"--micro-steps {micro_steps}, --steps {steps}, data-parallel size {data_parallel_size}: the least is 1"
+        )
     if not 0 <= attention_share <= 1:
-        raise ValueError(f"attention_share {attention_share} must lie in [0, 1]")
+        raise ValueError(f"--attention-share {attention_share} must lie in [0, 1]")
     shape = StepShape(data_parallel_size * micro_steps, 1, data_parallel_size)
     times = {}
     for sampling in ("independent", "stratified"):
