@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import shlex
@@ -17,6 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from examples.quickstart.settings import threads_per_rank
+from megatron_rpsd.data.files import held
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -183,13 +183,6 @@ def only_run(output: Path) -> Iterator[None]:
     Raises:
         ValueError: another process holds it.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"--output {output} is in use by another run; wait for it, or name another folder"
-            ) from error
-        os.set_inheritable(lock.fileno(), True)
+    taken = f"--output {output} is in use by another run; wait for it, or name another folder"
+    with held(output, taken, with_commands=True):
         yield

@@ -20,9 +20,10 @@ import numpy as np
 
 from megatron_rpsd.data.arrangement import Arrangement, Counts
 from megatron_rpsd.data.encoders import TokenizerSpec, read_tokenizer
+from megatron_rpsd.data.files import held
 from megatron_rpsd.data.indexed import write_indexed
 from megatron_rpsd.data.manifest import LengthBucket, Manifest, write_manifest
-from megatron_rpsd.data.shards import locked, write_durably
+from megatron_rpsd.data.shards import write_durably
 from megatron_rpsd.data.tokenization import Source, Tokenized, tokenize
 
 SHARD_TOKENS = 1 << 24
@@ -135,7 +136,7 @@ def work_folder(target: Path) -> Iterator[Path]:
         if not parent.exists():
             made.append(parent)
     try:
-        with locked(folder):
+        with held(folder, f"another run is writing in {folder}: wait for it, or use another output"):
             yield folder
             shutil.rmtree(folder)
     except OSError as error:

@@ -12,12 +12,10 @@ shards before it are kept.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -48,22 +46,6 @@ class Shard:
     """what was skipped, one line each"""
     special_tokens: int
     """special tokens that texts spelled"""
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the work folder for this process; the system lets go when the process ends, however it ends.
-
-    Raises:
-        ValueError: another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another run is writing in {folder}: wait for it, or use another output") from None
-        yield
 
 
 class ShardStore:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import sys
 import time
@@ -11,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from megatron_rpsd.data.files import write_json
+from megatron_rpsd.data.files import held, write_json
 from megatron_rpsd.evaluation.engines.base import Engine
 from megatron_rpsd.evaluation.prediction_files import PredictionFile
 from megatron_rpsd.evaluation.samples import Sample, load_prepared
@@ -62,12 +61,7 @@ def only_run(output: Path) -> Iterator[None]:
     """Hold OUTPUT for this process; ValueError where another one holds it. A killed process holds nothing."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file; give a folder")
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"--output {output}: another evaluation is writing there") from None
+    with held(output, f"--output {output}: another evaluation is writing there"):
         yield
 
 
