@@ -2,6 +2,7 @@
 """The long reliability counts: every test marked slow, and a table of what was tried and what held.
 
 python tools/run_soak.py --output runs/soak
+python tools/run_soak.py --output runs/soak tests/soak --match "kills or damaged"
 """
 
 import argparse
@@ -35,20 +36,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="Folder for results.json and pytest's own report.")
     parser.add_argument("tests", nargs="*", default=["tests"], help="Files or folders. Default: all.")
+    parser.add_argument("--match", default="", metavar="WORDS", help="Those tests alone, as pytest's -k.")
     args = quiet_parser(parser).parse_args()
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     report = output / "pytest.xml"
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-m", "slow", "--run-slow", "-v", f"--junitxml={report}", *args.tests]
+    command += ["-k", args.match] if args.match else []
     with one_line_errors():
         code = subprocess.run(command).returncode
         if not report.exists():
             raise ValueError(f"pytest ended with code {code} and no report; its message stands above")
     rows = _rows(report)
-    print(f"{'test':80s} {'tried':>6s} {'held':>6s}")
+    print("| test | tried | held | seconds |\n|---|---|---|---|")
     for row in rows:
-        print(f"{row['test'][-80:]:80s} {row['tried']:6d} {row['held']:6d}  {row['skipped'] or ''}")
+        print(f"| {row['test']} | {row['tried']} | {row['held']} | {row['seconds']:.0f} | {row['skipped'] or ''}")
     write_json(output / "results.json", rows)
     if code:
         print(f"{sum(row['failed'] for row in rows)} of {len(rows)} long tests failed", file=sys.stderr)

@@ -121,7 +121,10 @@ class HFFolder:
 
     def dimensions(self) -> ModelDimensions:
         """The model's dimensions; see ``dimensions_of``."""
-        return dimensions_of(self.config, self.family)
+        try:
+            return dimensions_of(self.config, self.family)
+        except ValueError as refused:
+            raise ValueError(f"{self.path}/{refused}") from refused
 
     def rope(self) -> tuple[float, dict | None, int]:
         """(rotary_base, scaling in Hugging Face's schema or None, max_position_embeddings); see ``rope_of``."""

@@ -45,6 +45,12 @@ def check_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not 0 <= value < 1:
             raise ValueError(f"{_flag(name)} {value} must be at least 0 and below 1")
+    for name in ("lr_warmup_iters", "lr_warmup_samples"):
+        if args.lr_warmup_fraction is not None and getattr(args, name):
+            raise ValueError(
+                f"--lr-warmup-fraction {args.lr_warmup_fraction} {_flag(name)} {getattr(args, name)}: both say how "
+                "long the learning rate rises; leave one of the two out"
+            )
 
 
 def check_folders(args: argparse.Namespace) -> None:

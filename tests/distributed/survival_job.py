@@ -113,7 +113,7 @@ def train_with_wandb(arguments: list[str]) -> tuple[str, dict, dict[str, list[fl
 
 
 def train_asynchronously(arguments: list[str]) -> dict[str, list[tuple[str, bool, bool]]]:
-    """For each checkpoint's folder, in order: (what happened, whether Megatron had finished it, whether it had sums)."""
+    """By checkpoint, in order: (what happened, whether Megatron had finished it, whether it had sums)."""
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
     from megatron.training import checkpointing
 
