@@ -49,7 +49,7 @@ def main() -> None:
         if not report.exists():
             raise ValueError(f"pytest ended with code {code} and no report; its message stands above")
     rows = _rows(report)
-    print("| test | tried | held | seconds |\n|---|---|---|---|")
+    print("| test | tried | held | seconds | skipped |\n|---|---|---|---|---|")
     for row in rows:
         print(f"| {row['test']} | {row['tried']} | {row['held']} | {row['seconds']:.0f} | {row['skipped'] or ''}")
     write_json(output / "results.json", rows)

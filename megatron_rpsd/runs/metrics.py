@@ -36,6 +36,7 @@ UNITS = {
     "tokens per second": "the standard view's tokens of all ranks; without evaluation, checkpoints and the first step",
     "tflops per rank": "1e12 model operations per second and rank, by the same clock",
     "mfu": "percent of the device's dense bf16 peak, or of --peak-tflops",
+    "peak memory": "GiB allocated so far by the rank that logs; on the CPU, its resident set",
     "mem-reserved-bytes": "bytes",
     "mem-allocated-bytes": "bytes",
     "mem-max-allocated-bytes": "bytes",

@@ -1,4 +1,4 @@
-"""Tokens and operations a second, and the share of the device's peak, beside what Megatron logs.
+"""Tokens and operations a second, the share of the device's peak and memory, beside what Megatron logs.
 
 Megatron's own figure counts one view of --seq-length tokens. Here the operations of what a step read come with its
 losses (`WORK`, a mean over all ranks and micro-batches), so a step of a late split counts less than one of an early
@@ -83,7 +83,7 @@ class Meter:
 def describe(figures: dict[str, float]) -> str:
     """As the end of Megatron's line."""
     words = {"tokens per second": "tokens/s: {:.5g} |", "tflops per rank": "TFLOP/s per rank: {:.4g} |"}
-    words["mfu"] = "MFU: {:.2f}% |"
+    words |= {"mfu": "MFU: {:.2f}% |", "peak memory": "peak memory: {:.4g} GiB |"}
     return "".join(" " + words[name].format(value) for name, value in figures.items())
 
 
@@ -106,6 +106,7 @@ def log_throughput(meter: Meter) -> None:
         def operations(*_, **__) -> float:  # Megatron asks right after it has read the clock
             counted = meter.flops_per_step()
             figures.update(meter.report(get_timers()("interval-time").active_time()))
+            figures["peak memory"] = torch.cuda.max_memory_allocated() / 2**30
             return counted
 
         with _replaced("num_floating_point_operations", operations), _line_completed(figures):

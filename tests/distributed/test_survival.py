@@ -139,10 +139,12 @@ def test_a_run_resumed_at_other_layouts_goes_on_alike_in_one_wandb_run(ranks, ar
         for name, values in logged.items():
             told.setdefault(name, []).extend(values)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for name in ("view kl", "mean split", "gflop per token", "tokens per second", "tflops per rank", "mfu"):
+    names = ("view kl", "mean split", "gflop per token", "tokens per second", "tflops per rank", "mfu", "peak memory")
+    for name in names:
         assert told[name] == [(line["iteration"], line[name]) for line in lines if name in line], name
     assert [step for step, _ in told["mfu"]] == [2, 4, 6, 8]  # the first step of a start is not timed
     for line in lines:
+        assert 0 < line.get("peak memory", 1) < 64
         if "mfu" in line:
             assert line["tflops per rank"] == pytest.approx(line["mfu"] * 0.5 / 100)
             ranks_then = 1 if line["iteration"] == 2 else 2

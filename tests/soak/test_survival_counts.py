@@ -1,4 +1,7 @@
-"""Twenty kills and thirty damaged checkpoints of a run on two ranks: it ends with the figures of an untouched one."""
+"""Kills and damaged checkpoints of a run on two ranks: it ends with the figures of an untouched one.
+
+Two and two in the suite, twenty and thirty among the long counts.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,7 @@ from tests.soak.attempts import (
 )
 from tests.unit.runs.test_checkpoints import flip, remove, truncate
 
-pytestmark = pytest.mark.slow
 STEPS, EVERY = 8, 2
-KILLS, SAVES, CASES = 20, 5, 30
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +77,14 @@ def killed_run(run: Path, typed: list[str], kills: int, seconds: float, dice: ra
             return done, saves
 
 
-def test_twenty_kills_leave_every_figure_as_it_was(arguments, untouched, tmp_path, record_property):
+@pytest.mark.parametrize("kills_wanted, saves_wanted", [(2, 1), pytest.param(20, 5, marks=pytest.mark.slow)])
+def test_kills_leave_every_figure_as_it_was(
+    kills_wanted, saves_wanted, arguments, untouched, tmp_path, record_property
+):
     whole, seconds = untouched
     dice, tried, held, saves, faults = random.Random(20), 0, 0, 0, []
     for number in itertools.count():
-        if tried >= KILLS and (saves >= SAVES or faults):
+        if tried >= kills_wanted and (saves >= saves_wanted or faults):
             break
         run, kills = tmp_path / f"run{number}", dice.choice((2, 3))
         try:
@@ -98,7 +102,7 @@ def test_twenty_kills_leave_every_figure_as_it_was(arguments, untouched, tmp_pat
     record_property("held", held)
     record_property("saves", saves)
     assert not faults, "\n".join(faults)
-    assert saves >= SAVES
+    assert saves >= saves_wanted
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +115,7 @@ def stopped(arguments, tmp_path_factory) -> Path:
 
 
 def damaged_run(stopped: Path, run: Path, typed: list[str], number: int, whole: Path) -> str:
-    """Damage one file of the newest checkpoint, and go on; which file, and how."""
+    """Damage one file of the newest checkpoint, and go on; which file, and how: `number` counts through all of both."""
     shutil.copytree(stopped, run)
     dice = random.Random(number)
     folder = iteration_folder(run / "checkpoints", 5)
@@ -127,16 +131,17 @@ def damaged_run(stopped: Path, run: Path, typed: list[str], number: int, whole: 
     return f"{harm.__name__} {name}"
 
 
-def test_thirty_damaged_checkpoints_are_found_before_training(arguments, stopped, untouched, tmp_path, record_property):
+@pytest.mark.parametrize("cases", [2, pytest.param(30, marks=pytest.mark.slow)])
+def test_damaged_checkpoints_are_found_before_training(cases, arguments, stopped, untouched, tmp_path, record_property):
     held, faults = 0, []
-    for number in range(CASES):
+    for number in range(cases):
         run = tmp_path / f"run{number}"
         try:
-            print(f"{number}: {damaged_run(stopped, run, arguments(run), number, untouched[0])}", flush=True)
+            print(f"{number}: {damaged_run(stopped, run, arguments(run), 11 * number, untouched[0])}", flush=True)
             held += 1
         except AssertionError as fault:
             faults.append(f"case {number}: {fault}")
         shutil.rmtree(run)
-    record_property("tried", CASES)
+    record_property("tried", cases)
     record_property("held", held)
     assert not faults, "\n".join(faults)
