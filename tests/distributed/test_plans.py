@@ -31,6 +31,7 @@ RECIPES = {"llama3_8b_64k": ("llama3-8b", 65536), "qwen3_4b_256k": ("qwen3-4b", 
 SIZES = (16, 32, 64)
 ADAPTATION = ("standard", "pose", "longce", "rpsd-skip", "rpsd-longce")
 TUNING = ("rpsd-sft", "standard")
+SHORT_OF_MEMORY = ("bf16_moments", "offload_optimizer", "offload_activations")
 
 
 def small(name: str, **more) -> dict:
@@ -141,6 +142,11 @@ def test_recipes_pass_the_check_before_a_job(ranks, recipe, tmp_path):
     for number, (gpus, arm, tuning) in enumerate(runs):
         data = ["--data-path", str(chats)] if tuning else ["--mock-data"]
         commands.append((gpus, command_words(tmp_path / f"run{number}", files_of(recipe, gpus, arm, tuning), data)))
+    if "recompute" not in files_of(recipe, 16, "standard", False)[3].read_text():  # offloading is refused beside it
+        for option in SHORT_OF_MEMORY:
+            runs.append((16, "rpsd-skip", False))
+            files = [*files_of(recipe, 16, "rpsd-skip", False), EXAMPLES / "full_size" / f"{option}.txt"]
+            commands.append((16, command_words(tmp_path / option, files, ["--mock-data"])))
     tokenizer = save_chat_tokenizer(tmp_path / "tokenizer")
     (found,) = ranks.run(1, plan_job.checked_commands, KNOWN_MODELS[name], tmp_path / "model", tokenizer, commands)
     model = planned_model(name)
