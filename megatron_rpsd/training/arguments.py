@@ -19,6 +19,7 @@ from megatron_rpsd.loss import DEFAULT_CHUNK_BYTES, DIRECTIONS
 from megatron_rpsd.positions import RopeConfig, check_positions
 from megatron_rpsd.runtime.cpu import cpu_runtime_installed, set_cpu_arguments
 from megatron_rpsd.training.arms import add_arm_arguments, check_arm, default_granule, settle_arm, suffix_unit
+from megatron_rpsd.training.attention_arguments import add_attention_arguments, check_attention, settle_attention
 from megatron_rpsd.training.chat_dataset import check_chat_tokenizer
 from megatron_rpsd.training.distillation import add_distillation_arguments, check_distillation
 from megatron_rpsd.training.errors import quiet_parser
@@ -51,6 +52,7 @@ def add_rpsd_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     """Add the method's flags to Megatron's parser (its `extra_args_provider`)."""
     group = parser.add_argument_group(title="rpsd")
     add_arm_arguments(group)
+    add_attention_arguments(group)
     add_length_arguments(group)
     add_distillation_arguments(group)
     add_packing_arguments(group)
@@ -182,6 +184,7 @@ def _complete(args: argparse.Namespace) -> None:
         args.rpsd_seed = args.seed
     settle_packing(args)
     settle_arm(args)
+    settle_attention(args)
     if args.rpsd_split_granule is None and args.seq_length:
         args.rpsd_split_granule = default_granule(args, args.seq_length)
     if args.seq_length and args.max_position_embeddings and args.max_position_embeddings < args.seq_length:
@@ -201,6 +204,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"{flag} is not set: give it, or --use-checkpoint-args with --load or --pretrained-checkpoint"
             )
+    check_attention(args)
     _check_parallel_degrees(args)
     check_batch(args)
     check_stages(args)

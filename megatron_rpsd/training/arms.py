@@ -8,6 +8,7 @@ are drawn (--rpsd-split-sampling, --rpsd-split-granule) are settings of a compar
 from __future__ import annotations
 
 import argparse
+import math
 
 from megatron_rpsd.positions import (
     EXACT_FP32_INTEGERS,
@@ -190,15 +191,42 @@ def _check_longce(args: argparse.Namespace) -> None:
     if width % unit:
         raise ValueError(
             f"--longce-context {args.longce_context} + --longce-stride {args.longce_stride} = {width} tokens of a "
-            f"window must divide by 2 x CP (x TP under sequence parallelism) = {unit}; the next width is "
+            f"window must divide by {unit_in_words(args)} = {unit}; the next width is "
             f"{-(-width // unit) * unit}"
         )
 
 
 def suffix_unit(args: argparse.Namespace) -> int:
-    """Tokens by which a sequence of its own must divide: 2 x CP chunks, each shared out under sequence parallelism."""
+    """Tokens by which a sequence of its own must divide: 2 x CP chunks, each shared out under sequence parallelism; in
+    FP8 so that a rank's share divides by what its matrix products take.
+    """
     cp, tp = args.context_parallel_size, args.tensor_model_parallel_size
-    return (2 * cp if cp > 1 else 1) * (tp if args.sequence_parallel else 1)
+    shares = tp if args.sequence_parallel else 1
+    return math.lcm((2 * cp if cp > 1 else 1) * shares, cp * shares * fp8_multiple(args))
+
+
+def unit_in_words(args: argparse.Namespace) -> str:
+    """What `suffix_unit` multiplies."""
+    if (multiple := fp8_multiple(args)) > 1:
+        return f"{multiple} x CP (x TP under sequence parallelism, FP8)"
+    return "2 x CP (x TP under sequence parallelism)"
+
+
+def fp8_multiple(args: argparse.Namespace) -> int:
+    """Tokens by which a rank's share must divide for FP8 matrix products, as Megatron pads them; 1 without FP8.
+
+    Transformer Engine itself asks for 8 in the product of a tensor's leading sizes; the transposed operand of the
+    weight's gradient asks for 16, MXFP8's blocks for 32.
+    """
+    if not getattr(args, "fp8", None):
+        return 1
+    return 32 if args.fp8_recipe == "mxfp8" else 16
+
+
+def granule_unit(args: argparse.Namespace) -> int:
+    """The finest default granule: 2 x CP x TP, and what FP8 asks for."""
+    unit = 2 * args.context_parallel_size * args.tensor_model_parallel_size
+    return math.lcm(unit, suffix_unit(args)) if fp8_multiple(args) > 1 else unit
 
 
 def default_granule(args: argparse.Namespace, length: int) -> int:
@@ -206,7 +234,7 @@ def default_granule(args: argparse.Namespace, length: int) -> int:
     many. A resumed run keeps the unit of its first start (`training.resuming`).
     """
     drawn_for = getattr(args, "rpsd_drawn_for", None)
-    unit = drawn_for[2] if drawn_for else 2 * args.context_parallel_size * args.tensor_model_parallel_size
+    unit = drawn_for[2] if drawn_for else granule_unit(args)
     return min(max(unit, min(16 * unit, length // 32 // unit * unit)), max(length, 1))
 
 

@@ -195,8 +195,12 @@ class PhasedForwardStep:
             (index,) = {self.schedule.at(int(sample_index)) for sample_index in sample["sample_index"]}
             self.enter(self.schedule.phases[index])
         else:
-            index = self.schedule.at(max(self.trained() - 1, 0))
+            index = self.current_phase()
         return self.steps[index].read(cut_rows(sample, self.schedule.phases[index].length), model)
+
+    def current_phase(self) -> int:
+        """The phase that trained last, or the first one."""
+        return self.schedule.at(max(self.trained() - 1, 0))
 
 
 def phased_forward_step(

@@ -26,9 +26,9 @@ from megatron.core.dist_checkpointing import load_common_state_dict, load_conten
 
 from megatron_rpsd.positions import StepShape
 from megatron_rpsd.runs.checkpoints import TRACKER, iteration_folder
-from megatron_rpsd.training.arms import default_granule, suffix_unit, views_of
+from megatron_rpsd.training.arms import default_granule, granule_unit, suffix_unit, unit_in_words, views_of
 from megatron_rpsd.training.batch import TWO_VIEWS
-from megatron_rpsd.training.saved_checkpoint import checkpoint_folder, saved_arguments
+from megatron_rpsd.training.saved_checkpoint import checkpoint_folder, in_torch_format, saved_arguments
 from megatron_rpsd.training.schedules import check_schedule, schedule_of
 
 _FLAT_FORMATS = ("dp_reshardable",)
@@ -44,15 +44,16 @@ def add_resume_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def saved_layout(load: str, iteration: int | None = None) -> dict | None:
-    """What of a checkpoint of --load decides whether and how it is gone on from; None where nothing was trained yet.
+    """What of a checkpoint of --load decides whether and how it is gone on from.
 
     Args:
         iteration: of the checkpoint; None for the one that Megatron's tracker names.
 
     Returns:
-        Plain values, as they travel between ranks.
+        Plain values, as they travel between ranks. None where nothing was trained yet, and for --ckpt-format torch,
+        which goes on in its own layout alone.
     """
-    if iteration is None and not (Path(load) / TRACKER).is_file():
+    if iteration is None and (in_torch_format(load) or not (Path(load) / TRACKER).is_file()):
         return None
     folder = checkpoint_folder(load, flag="--load") if iteration is None else iteration_folder(Path(load), iteration)
     saved = saved_arguments(folder)
@@ -101,12 +102,8 @@ def settle_resume(
 def step_shape(args: argparse.Namespace) -> StepShape:
     """The sizes that views are drawn for: the present ones, or those of the first start of a run that was resumed."""
     if args.rpsd_drawn_for is None:  # checkpoints carry it
-        args.rpsd_drawn_for = (args.micro_batch_size, args.data_parallel_size, _unit(args))
+        args.rpsd_drawn_for = (args.micro_batch_size, args.data_parallel_size, granule_unit(args))
     return StepShape(args.global_batch_size, *args.rpsd_drawn_for[:2])
-
-
-def _unit(args: argparse.Namespace) -> int:
-    return 2 * args.context_parallel_size * args.tensor_model_parallel_size
 
 
 def _replicas(args: argparse.Namespace) -> int:
@@ -144,8 +141,8 @@ def _keep_drawn_sizes(args: argparse.Namespace, saved: dict, warn: Callable[[str
     present = (args.micro_batch_size, _replicas(args))
     two_views = views_of(args) in TWO_VIEWS
     drawn = two_views or args.objective == "pose" or args.length_mix
-    kept = (micro, replicas, unit)
-    if args.redraw_views or not drawn or _batch(args) != saved["global_batch_size"] or kept == (*present, _unit(args)):
+    kept, as_now = (micro, replicas, unit), (*present, granule_unit(args))
+    if args.redraw_views or not drawn or _batch(args) != saved["global_batch_size"] or kept == as_now:
         return
     stratified = (args.rpsd_split_sampling or saved["sampling"]) == "stratified"
     group = micro * replicas if stratified else micro
@@ -174,6 +171,6 @@ def _check_granule(args: argparse.Namespace) -> None:
     if granule % needed:
         raise ValueError(
             f"--load {args.load}: this run began with splits in multiples of {granule} tokens, and at this layout a "
-            f"suffix must divide by 2 x CP (x TP under sequence parallelism) = {needed}; give --redraw-views, or "
+            f"suffix must divide by {unit_in_words(args)} = {needed}; give --redraw-views, or "
             "another layout"
         )

@@ -244,7 +244,7 @@ class RulerScores:
         """The forward step of the present moment: in phases, the one that trained last."""
         step = self.forward_step
         if isinstance(step, PhasedForwardStep):
-            return step.steps[step.schedule.at(max(step.trained() - 1, 0))]
+            return step.steps[step.current_phase()]
         return step
 
     def __call__(self, model: Sequence) -> None:

@@ -17,6 +17,7 @@ from megatron_rpsd.training.batch import TWO_VIEWS
 from megatron_rpsd.training.dataset import datasets_provider
 from megatron_rpsd.training.distillation import distillation_from_args
 from megatron_rpsd.training.forward_step import ForwardStep
+from megatron_rpsd.training.fp8_health import install_fp8_health
 from megatron_rpsd.training.frozen_dims import install_frozen_dims
 from megatron_rpsd.training.lengths import describe_lengths, mixed_lengths_from_args
 from megatron_rpsd.training.longce import LongCE
@@ -24,7 +25,7 @@ from megatron_rpsd.training.objective import LossOptions, Objective
 from megatron_rpsd.training.packing import packing_from_args
 from megatron_rpsd.training.phases import phased_datasets_provider, phased_forward_step
 from megatron_rpsd.training.resuming import step_shape
-from megatron_rpsd.training.ruler_scores import ruler_scores_from_args
+from megatron_rpsd.training.ruler_scores import RulerScores, ruler_scores_from_args
 from megatron_rpsd.training.run_folder import guarded
 from megatron_rpsd.training.teacher_cache import source_from_args
 
@@ -92,4 +93,5 @@ def prepare():
     if args.rope_phases is not None:
         forward_step, provider = phased_forward_step(args, model_config, forward_step), phased_datasets_provider
     scores = ruler_scores_from_args(args, forward_step)
+    install_fp8_health(args, RulerScores((), forward_step).current_step)
     return pretrain_cfg_container_from_args(args, model_config), provider, guarded(args, forward_step), scores

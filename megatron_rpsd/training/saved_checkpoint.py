@@ -51,6 +51,11 @@ def checkpoint_folder(checkpoint: str | Path, iteration: int | None = None, flag
     return folder
 
 
+def in_torch_format(checkpoint: str | Path) -> bool:
+    """Whether the checkpoints are of --ckpt-format torch, a file a rank; Megatron's reader finds out by itself."""
+    return any(Path(checkpoint).glob("iter_*/mp_rank_*"))
+
+
 @contextlib.contextmanager
 def read_alone() -> Iterator[None]:
     """Around a process's look into a checkpoint by itself: without torch's warning that it is alone, as it should."""
@@ -106,6 +111,8 @@ def check_start(args: argparse.Namespace) -> None:
     for flag, path in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
         if path is None or (flag == "--load" and not (Path(path) / _TRACKER).exists()):
             continue
+        if in_torch_format(path):
+            return
         folder = checkpoint_folder(path, args.ckpt_step, flag)
         try:
             saved_arguments(folder)

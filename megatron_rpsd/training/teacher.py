@@ -55,6 +55,7 @@ _WITHOUT = {
     "decoder_first_pipeline_num_layers": None,
     "decoder_last_pipeline_num_layers": None,
     "fp16": False,
+    "fp8_dot_product_attention": False,  # its heads may be of another size than FP8 attention takes
 }
 
 

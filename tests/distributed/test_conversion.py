@@ -182,7 +182,8 @@ def killed_at_random(direction: str, times: int, hf: Path, checkpoint: Path, fol
         while process.is_alive() and not list(folder.glob(f".{output.name}.partial-*")) and not output.exists():
             assert time.monotonic() < deadline
             time.sleep(0.001)
-        time.sleep(draws.uniform(0, 0.6))  # the writing takes about 0.4 s: some kills come after the rename
+        if attempt:  # the writing takes about 0.4 s or less: some kills come after the rename, the first one never
+            time.sleep(draws.uniform(0, 0.6))
         process.kill()
         process.join()
         met += bool(list(folder.glob(f".{output.name}.partial-*")))
