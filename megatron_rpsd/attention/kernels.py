@@ -12,6 +12,9 @@ and, since a flash kernel's backward rebuilds the probabilities as e^(score - l)
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,19 +24,47 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-class _PrefixAndSquare(torch.autograd.Function):
-    """Rectangular causal attention on the CPU; all tensors [b, n, s, d] with equal head counts."""
+@dataclass(frozen=True)
+class FlashKernel:
+    """A flash kernel over [b, heads, s, d] whose backward can be given another output and log-sum-exp than its own.
+
+    Attributes:
+        forward: (query, key, value, causal, scale) -> output [b, n, sq, d], log-sum-exp of the scores in nats, fp32
+            [b, n, sq], and what its backward asks for beside them, as a tuple.
+        backward: (gradient, query, key, value, output, log-sum-exp, causal, scale, that tuple) -> three gradients.
+    """
+
+    forward: Callable
+    backward: Callable
+
+
+def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float):
+    return *_flash(query, key, value, 0.0, causal, scale=scale), ()
+
+
+def _cpu_backward(grad, query, key, value, output, log_sum, causal, scale, rest):
+    return _flash_backward(grad, query, key, value, output, log_sum, 0.0, causal, scale=scale)
+
+
+_CPU = FlashKernel(_cpu_forward, _cpu_backward)
+
+
+class PrefixAndSquare(torch.autograd.Function):
+    """Rectangular causal attention out of a kernel's unmasked and its square causal form; tensors [b, heads, s, d].
+
+    Fewer key heads than query heads are the kernel's own matter.
+    """
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def forward(ctx, kernel: FlashKernel, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         before = key.shape[2] - query.shape[2]
-        seen, seen_sum = _flash(query, key[:, :, :before], value[:, :, :before], 0.0, False, scale=scale)
-        own, own_sum = _flash(query, key[:, :, before:], value[:, :, before:], 0.0, True, scale=scale)
+        seen, seen_sum, seen_rest = kernel.forward(query, key[:, :, :before], value[:, :, :before], False, scale)
+        own, own_sum, own_rest = kernel.forward(query, key[:, :, before:], value[:, :, before:], True, scale)
         log_sum = torch.logaddexp(seen_sum, own_sum)
         weigh_seen, weigh_own = ((part - log_sum).exp().unsqueeze(-1) for part in (seen_sum, own_sum))
         output = (seen * weigh_seen + own * weigh_own).to(query.dtype)
         ctx.save_for_backward(query, key, value, output, log_sum)
-        ctx.scale = scale
+        ctx.kernel, ctx.scale, ctx.rests = kernel, scale, (seen_rest, own_rest)
         return output
 
     @staticmethod
@@ -41,15 +72,14 @@ class _PrefixAndSquare(torch.autograd.Function):
         query, key, value, output, log_sum = ctx.saved_tensors
         before = key.shape[2] - query.shape[2]
         parts = []
-        for keys, causal in ((slice(None, before), False), (slice(before, None), True)):
-            parts.append(
-                _flash_backward(
-                    grad, query, key[:, :, keys], value[:, :, keys], output, log_sum, 0.0, causal, scale=ctx.scale
-                )
-            )
+        for keys, causal, rest in zip(
+            (slice(None, before), slice(before, None)), (False, True), ctx.rests, strict=True
+        ):
+            seen = key[:, :, keys], value[:, :, keys]
+            parts.append(ctx.kernel.backward(grad, query, *seen, output, log_sum, causal, ctx.scale, rest))
         (query_seen, key_seen, value_seen), (query_own, key_own, value_own) = parts
         key_grad, value_grad = torch.cat([key_seen, key_own], dim=2), torch.cat([value_seen, value_own], dim=2)
-        return query_seen + query_own, key_grad, value_grad, None
+        return None, query_seen + query_own, key_grad, value_grad, None
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -81,5 +111,5 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     if square:
         context = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
     else:
-        context = _PrefixAndSquare.apply(query, key, value, scale)
+        context = PrefixAndSquare.apply(_CPU, query, key, value, scale)
     return context.permute(2, 0, 1, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,6 +21,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from megatron_rpsd.model.core_attention import ViewPairAttention
 from megatron_rpsd.model.norm import RMSNorm
+from megatron_rpsd.model.norm_state import leave_norm_states_out
 from megatron_rpsd.positions import RopeConfig, inverse_frequencies
 
 
@@ -28,13 +30,16 @@ def view_pair_layer_spec(
 ) -> TransformerBlockSubmodules | ModuleSpec:
     """Megatron's own layer specification with the core attention replaced, and the norms where TE is absent."""
     transformer = config.transformer
+    core_attention = ViewPairAttention
+    if config.attention_kernel != "sdpa":
+        core_attention = functools.partial(ViewPairAttention, kernel=config.attention_kernel)
     if transformer.transformer_impl == "transformer_engine":
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=transformer.qk_layernorm)
-        layer.submodules.self_attention.submodules.core_attention = ViewPairAttention
+        layer.submodules.self_attention.submodules.core_attention = core_attention
         return layer
     layer = get_gpt_layer_local_spec(qk_layernorm=transformer.qk_layernorm, normalization=transformer.normalization)
     attention = layer.submodules.self_attention.submodules
-    attention.core_attention = ViewPairAttention
+    attention.core_attention = core_attention
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     if transformer.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
@@ -49,11 +54,13 @@ class RPSDModelConfig(GPTModelConfig):
     Attributes:
         rope: head dimension, base and scaling of the rotary embedding.
         real_vocab_size: the tokenizer's vocabulary; columns beyond it are padding.
+        attention_kernel: one of `attention.KERNELS`.
     """
 
     builder: ClassVar[str] = "megatron_rpsd.model.config.RPSDModelBuilder"
     rope: RopeConfig = None
     real_vocab_size: int = None
+    attention_kernel: str = "sdpa"
 
     def inverse_frequencies(self) -> tuple[torch.Tensor, float]:
         """Rotary frequencies fp32 [d/2] and the factor on cos and sin (YaRN); see `positions.rope`."""
@@ -70,6 +77,8 @@ class RPSDModelBuilder(GPTModelBuilder):
     def build_model(self, pg_collection, pre_process=None, post_process=None, vp_stage=None) -> GPTModel:
         model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
         assert not hasattr(model, "rotary_pos_emb")
+        if model.config.transformer_impl == "transformer_engine":
+            leave_norm_states_out(model)
         return model
 
 
@@ -84,6 +93,7 @@ def model_config_from_args(args: argparse.Namespace) -> RPSDModelConfig:
         max_position_embeddings=args.max_position_embeddings,
     )
     config.real_vocab_size = args.vocab_size if args.vocab_size is not None else args.padded_vocab_size
+    config.attention_kernel = args.attention_kernel
     config.position_embedding_type = "none"
     config.transformer_layer_spec = view_pair_layer_spec
     # The pipeline's messages are as long as the micro-batch's view pair, not as --seq-length.

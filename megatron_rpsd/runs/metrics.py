@@ -24,6 +24,7 @@ UNITS = {
     "mean split": "tokens",
     "mean shift": "tokens",
     "mean length": "tokens",
+    "future leak": "largest change of an earlier hidden state when later tokens change",
     "learning-rate": "1",
     "grad-norm": "L2 norm of the gradient before clipping",
     "batch-size": "sequences",

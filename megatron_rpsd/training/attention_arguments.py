@@ -9,6 +9,7 @@ Megatron-Core 0.19.2 (`fp8_utils.py`, get_fp8_recipe). None of it has run on a G
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import os
 
@@ -73,8 +74,10 @@ def _check_kernel(args: argparse.Namespace) -> None:
     if args.device == "cpu":
         raise ValueError(f"{flag} needs a GPU and this run has --device cpu: leave it out, or give sdpa")
     package = PACKAGES.get(kernel)
-    if package is not None and importlib.util.find_spec(package) is None:
+    if package is not None and not _installed(package):
         raise ValueError(f"{flag} needs the Python package {package}, which is not installed: install it, or give sdpa")
+    if kernel == "flash":
+        _check_flash_version(flag)
     if not (args.bf16 or args.fp16):
         raise ValueError(f"{flag} attends in 16 bits and this run is in fp32: add --bf16, or give sdpa")
     size = head_dim(args)
@@ -111,7 +114,7 @@ def _check_fp8(args: argparse.Namespace) -> None:
             f"{flag} with --transformer-impl {args.transformer_impl}: only Transformer Engine's layers know FP8, the "
             "others would stay in bf16; give --transformer-impl transformer_engine"
         )
-    if importlib.util.find_spec("transformer_engine") is None:
+    if not _installed("transformer_engine"):
         raise ValueError(
             f"{flag} needs the Python package transformer_engine, which is not installed: install it, or leave FP8 out"
         )
@@ -176,8 +179,9 @@ def _check_fp8_attention(args: argparse.Namespace) -> None:
         )
     if args.reset_attention_mask:
         raise ValueError(
-            f"{flag} with --reset-attention-mask: documents are rectangles under context parallelism and packs without "
-            "it, and Transformer Engine has FP8 attention for whole causal sequences alone: leave one of the two out"
+            f"{flag} with masked documents (--packing document-mask, which --sft begins with, or "
+            "--reset-attention-mask): Transformer Engine attends in FP8 to whole causal sequences alone; give "
+            "--packing concatenate, or leave the flag out (linear layers stay in FP8)"
         )
     if args.recompute_granularity == "selective" and "core_attn" in (args.recompute_modules or ["core_attn"]):
         raise ValueError(
@@ -185,6 +189,23 @@ def _check_fp8_attention(args: argparse.Namespace) -> None:
             "again outside of FP8, so the gradient would be bf16's: give full recomputation, or none"
         )
     _check_fp8_heads(args, flag)
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _check_flash_version(flag: str) -> None:
+    version = _flash_version()
+    if tuple(int(part) for part in version.split(".")[:2]) < (2, 1):
+        raise ValueError(
+            f"{flag}: the flash-attn package is {version}, and before 2.1 a rectangle's causal mask starts at the top "
+            "left: install a newer one"
+        )
+
+
+def _flash_version() -> str:
+    return importlib.metadata.version("flash_attn")
 
 
 def _capability() -> tuple[int, int]:

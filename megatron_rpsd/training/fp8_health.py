@@ -8,8 +8,8 @@ Two figures that are 0 in exact arithmetic, in FP8 and, for comparison, with FP8
 - view KL: of the perturbed view from the standard one, where both are the same; in nats per token. What FP8 shows here
   is noise on the method's own signal (0.2 nats on SmolLM2-135M at large shifts, 0.007 at a shift of 1).
 
-Eight forward passes of a whole view pair; no random number of the run is drawn, and nothing is trained. It has not run
-on a GPU yet.
+Eight forward passes of a whole view pair, and two more where delayed scaling has yet to find its scales. No random
+number of the run is drawn, and nothing is trained. It has not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 from megatron.training import get_args, get_tensorboard_writer, training
 from megatron.training.utils.common_utils import print_rank_0
 from torch import Tensor
@@ -148,29 +150,45 @@ def without_fp8(model: Sequence[torch.nn.Module]) -> Iterator[None]:
             config.fp8 = fp8
 
 
-def _largest_values(model: Sequence[torch.nn.Module]) -> Iterator[Tensor]:
-    """Histories of largest values of all modules under delayed scaling, core attention's included."""
+def _delayed_scaling(model: Sequence[torch.nn.Module]) -> Iterator[tuple[Tensor, float]]:
+    """Scales and largest values of all modules under delayed scaling, core attention's included, and what each is
+    before a first forward pass.
+    """
     for stage in model:
         for module in stage.modules():
             engine = getattr(module, "engine", None)
             for part in (module, *(engine.modules if isinstance(engine, TransformerEngineAttention) else ())):
                 for state in (getattr(part, "fp8_meta", None) or {}).values():
-                    if isinstance(history := getattr(state, "amax_history", None), Tensor):
-                        yield history
+                    for name, blank in (("scale", 1.0), ("amax_history", 0.0)):
+                        if isinstance(tensor := getattr(state, name, None), Tensor):
+                            yield tensor, blank
 
 
 @contextlib.contextmanager
 def scaling_kept(model: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Leave delayed scaling as it is: a forward pass without gradients changes no scale, but notes largest values, from
-    which the next step would make its scales.
-    """
-    before = {id(history): history.clone() for history in _largest_values(model)}
+    """Leave delayed scaling as it is: what is read here must not make the scales of the run's next step."""
+    before = {id(tensor): tensor.clone() for tensor, _ in _delayed_scaling(model)}
     try:
         yield
     finally:
-        for history in _largest_values(model):
-            kept = before.get(id(history))
-            history.zero_() if kept is None else history.copy_(kept)
+        for tensor, blank in _delayed_scaling(model):
+            kept = before.get(id(tensor))
+            tensor.fill_(blank) if kept is None else tensor.copy_(kept)
+
+
+@torch.no_grad()
+def calibrate(model: Sequence[torch.nn.Module], step: ForwardStep, rows: int = 1) -> None:
+    """Under delayed scaling let two forward passes make scales, which otherwise are 1 at a run's start: in those,
+    weights of a few hundredths are hardly more than 0.
+    """
+    config = get_model_config(model[0])
+    if not config.fp8 or config.fp8_recipe != "delayed":
+        return
+    manager = importlib.import_module("transformer_engine.pytorch.quantization").FP8GlobalStateManager
+    sample = probe_sample(step.length, rows, step.objective.vocab_size)
+    for _ in range(2):
+        _read(model, step, sample, functools.partial(_standard_hidden, step.objective.vocab_size))
+        manager.reduce_and_update_fp8_tensors(forward=True)  # without gradients the end of a pass does not
 
 
 @contextlib.contextmanager
@@ -193,6 +211,7 @@ def _as_in_training(model: Sequence[torch.nn.Module], overlapped: bool) -> Itera
 def health_of_run(args: argparse.Namespace, model: Sequence[torch.nn.Module], step: ForwardStep) -> dict[str, float]:
     """Both precisions' figures by the names they are logged under; printed on rank 0, with their units."""
     with scaling_kept(model), _as_in_training(model, training.should_disable_forward_pre_hook(args)):
+        calibrate(model, step, args.micro_batch_size)
         fp8 = measure(model, step, args.micro_batch_size)
         with without_fp8(model):
             bf16 = measure(model, step, args.micro_batch_size)
