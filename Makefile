@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -e -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv demo lab short-long test bench soak lint clean
+.PHONY: help venv demo lab short-long test bench gpu-check soak lint clean
 
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -39,6 +39,10 @@ test: venv ## run the whole suite
 
 bench: venv ## every benchmark beside its peers; writes runs/bench/results.json
 	$(VENV_PYTHON) tools/run_benchmarks.py --output runs/bench
+
+# GPU_PYTHON=python3 uses an interpreter that has everything, where nothing can be installed (docs/gpu.md).
+gpu-check: $(if $(GPU_PYTHON),,venv) ## what has to be right and fast on one GPU; writes runs/gpu_check/results.json
+	$(or $(GPU_PYTHON),$(VENV_PYTHON)) tools/gpu_check.py --output runs/gpu_check $(GPU_CHECK_FLAGS)
 
 soak: venv ## the long reliability counts; writes runs/soak/results.json
 	$(VENV_PYTHON) tools/run_soak.py --output runs/soak

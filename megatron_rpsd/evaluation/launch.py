@@ -23,6 +23,7 @@ def run_on_local_ranks(function: Callable, world_size: int, *arguments):
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=world_size, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.2,
+        local_addr="127.0.0.1",  # not this machine's name, which resolves on few machines without a network
     )  # fmt: skip
     try:
         return elastic_launch(config, function)(*arguments)[0]

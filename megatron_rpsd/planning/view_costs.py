@@ -16,18 +16,24 @@ import torch
 from megatron_rpsd.planning.flops import ModelShape, step_ratio_bound
 from megatron_rpsd.positions import View
 
-_WAYS = ("clm", "full", "shared-prefix")
+WAYS = ("clm", "full", "shared-prefix")
 
 
 @dataclass(frozen=True)
 class CostSettings:
-    """What is measured."""
+    """What is measured.
+
+    `arguments`: Megatron's, in place of those that `shape` and `device` give; they have to describe the same model.
+    `count_saved`: whether to run another forward pass that counts what is kept for the backward pass.
+    """
 
     seq_length: int
     shape: ModelShape
     splits: int = 8
     repetitions: int = 1
     device: str = "cpu"
+    arguments: tuple[str, ...] | None = None
+    count_saved: bool = True
 
     def split_points(self) -> list[int]:
         """The middles of equal strata, rounded down to 32 tokens."""
@@ -86,14 +92,17 @@ class _SavedForBackward:
         return sum(storage.nbytes() for storage in self._storages.values())
 
 
-def _step_runner(settings: CostSettings):
-    """Functions (way, view) -> seconds of a step, and (way, view) -> bytes saved for backward, over one model."""
+def step_runner(settings: CostSettings):
+    """Functions (way, view) -> seconds of a step, and (way, view) -> bytes saved for backward, over one model.
+
+    They belong to a session, which the caller ends.
+    """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megatron_rpsd.training.run import forward_step_from_args
     from megatron_rpsd.training.session import build_stages, start_session
 
-    args, config = start_session(_arguments(settings))
+    args, config = start_session(_arguments(settings) if settings.arguments is None else settings.arguments)
     (stage,) = build_stages(config, args, wrap_with_ddp=True)
     ids = torch.randint(0, settings.shape.vocab_size, (1, settings.seq_length + 1))
     sample = {"tokens": ids[:, :-1], "labels": ids[:, 1:], "loss_mask": torch.ones(1, settings.seq_length)}
@@ -131,19 +140,19 @@ def measure_view_costs(settings: CostSettings, progress: Callable[[str], None] =
     """
     from megatron_rpsd.training.session import end_session
 
-    run, saved_bytes = _step_runner(settings)
+    run, saved_bytes = step_runner(settings)
     try:
-        for way in _WAYS:  # first calls allocate
+        for way in WAYS:  # first calls allocate
             run(way, View(settings.split_points()[0], 7))
         rows = []
         for split in settings.split_points():
             view = View(split, settings.seq_length // 3)
-            measured = {way: [] for way in _WAYS}
+            measured = {way: [] for way in WAYS}
             for _ in range(settings.repetitions):
-                for way in _WAYS:
+                for way in WAYS:
                     measured[way].append(run(way, view))
             seconds = {way: statistics.median(values) for way, values in measured.items()}
-            saved = {way: saved_bytes(way, view) for way in _WAYS}
+            saved = {way: saved_bytes(way, view) if settings.count_saved else 0 for way in WAYS}
             bound = step_ratio_bound(settings.shape, settings.seq_length, split)
             row = {"split": split, "seconds": seconds, "activation_bytes": saved}
             rows.append({**row, "shared_prefix_bound": bound})
@@ -154,7 +163,7 @@ def measure_view_costs(settings: CostSettings, progress: Callable[[str], None] =
     finally:
         end_session()
     clm = statistics.median(row["seconds"]["clm"] for row in rows)
-    ratio = {way: statistics.mean(row["seconds"][way] for row in rows) / clm for way in _WAYS[1:]}
+    ratio = {way: statistics.mean(row["seconds"][way] for row in rows) / clm for way in WAYS[1:]}
     bounds = {"full": 2.0, "shared-prefix": statistics.mean(row["shared_prefix_bound"] for row in rows)}
     return {
         "seq_length": settings.seq_length,
@@ -162,7 +171,7 @@ def measure_view_costs(settings: CostSettings, progress: Callable[[str], None] =
         "step_ratio": ratio,
         "flop_bound": bounds,
         "ratio_over_bound": {way: ratio[way] / bounds[way] for way in ratio},
-        "seconds": {way: statistics.median(row["seconds"][way] for row in rows) for way in _WAYS},
-        "activation_bytes": {way: statistics.mean(row["activation_bytes"][way] for row in rows) for way in _WAYS},
+        "seconds": {way: statistics.median(row["seconds"][way] for row in rows) for way in WAYS},
+        "activation_bytes": {way: statistics.mean(row["activation_bytes"][way] for row in rows) for way in WAYS},
         "splits": rows,
     }

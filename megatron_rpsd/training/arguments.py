@@ -32,6 +32,7 @@ from megatron_rpsd.training.megatron_checks import (
     check_sources,
     check_stages,
     refusal,
+    settle_fusions,
 )
 from megatron_rpsd.training.objective import LOSS_IMPLEMENTATIONS
 from megatron_rpsd.training.packing import add_packing_arguments, check_document_ends, settle_packing
@@ -117,6 +118,7 @@ def parse_and_check(defaults: dict | None = None, starting: bool = True) -> argp
         set_cpu_arguments(args)
     _complete(args)
     check_arguments(args)
+    settle_fusions(args)
     try:
         validate_args(args, defaults or {})
     except AssertionError as refused:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib.util
 import linecache
 import math
 import os
@@ -28,6 +29,8 @@ _AT_LEAST = {
     ),
 }  # fmt: skip
 _BELOW_ONE = ("lr_warmup_fraction", "adam_beta1", "adam_beta2")
+
+_APEX_KERNEL = "fused_weight_gradient_mlp_cuda"
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -160,3 +163,15 @@ def _flag(name: str) -> str:
     if name == "transformer_pipeline_model_parallel_size":  # Megatron's name for it while it checks
         name = "pipeline_model_parallel_size"
     return "--" + name.replace("_", "-")
+
+
+def settle_fusions(args: argparse.Namespace) -> None:
+    """Leave out the fusion of gradient accumulation where Apex's kernel for it is absent, and say so.
+
+    Megatron's default is on, and its output layer then stops without Apex, under Transformer Engine too. The sums are
+    the same, in an addition of their own.
+    """
+    if args.gradient_accumulation_fusion and importlib.util.find_spec(_APEX_KERNEL) is None:
+        args.gradient_accumulation_fusion = False
+        if args.rank == 0:
+            print(f"--no-gradient-accumulation-fusion is set: Apex's {_APEX_KERNEL} is not installed", flush=True)

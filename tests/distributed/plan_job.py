@@ -27,7 +27,7 @@ from megatron_rpsd.training.run import forward_step_from_args
 from megatron_rpsd.training.session import build_stages, end_session, start_session
 
 
-def _leave_the_pool() -> None:
+def leave_the_pool() -> None:
     dist.destroy_process_group()
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
         os.environ.pop(name, None)
@@ -35,7 +35,7 @@ def _leave_the_pool() -> None:
 
 def shards(cases: list[tuple[dict, Layout, list[str]]]) -> list[list[tuple[int, int, int]]]:
     """Of every (config.json, layout, training's arguments): (rank, planned, built) parameters of each stage."""
-    _leave_the_pool()
+    leave_the_pool()
     return [check_plan(of_config("model", config), layout, arguments) for config, layout, arguments in cases]
 
 
@@ -102,7 +102,7 @@ def checked_commands(
     """
     from megatron.training import get_args
 
-    _leave_the_pool()
+    leave_the_pool()
     _checkpoint_of_arguments(config, folder, tokenizer)
     found = []
     for world_size, words in commands:

@@ -7,7 +7,8 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_rpsd.training.megatron_checks import check_batch, check_folders, check_sources, refusal
+from megatron_rpsd.training import megatron_checks
+from megatron_rpsd.training.megatron_checks import check_batch, check_folders, check_sources, refusal, settle_fusions
 
 SIZES = {
     "micro_batch_size": 1, "global_batch_size": 4, "decrease_batch_size_if_needed": False, "world_size": 1,
@@ -80,3 +81,16 @@ def test_data_from_two_places():
     check_sources(Namespace(**{**none, "train_data_path": ["a"], "valid_data_path": ["b"]}))
     with pytest.raises(ValueError, match="^--data-path and --train-data-path both name"):
         check_sources(Namespace(**{**none, "train_data_path": ["a"], "data_path": ["b"]}))
+
+
+def test_a_fusion_without_its_kernel_is_left_out_with_a_word(capsys, monkeypatch):
+    args = Namespace(gradient_accumulation_fusion=True, rank=0)
+    settle_fusions(args)
+    assert args.gradient_accumulation_fusion is False
+    assert "--no-gradient-accumulation-fusion is set: Apex's" in capsys.readouterr().out
+    settle_fusions(args)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(megatron_checks, "_APEX_KERNEL", "json")  # any module that is there
+    args = Namespace(gradient_accumulation_fusion=True, rank=0)
+    settle_fusions(args)
+    assert args.gradient_accumulation_fusion is True
