@@ -82,6 +82,11 @@ def agree(ranks, cases: list) -> None:
 
 def test_megatron_builds_what_was_planned(ranks):
     recipes = [chosen("qwen3-4b", 262144, 32), chosen("llama3-8b", 65536, 16)]
+    for recipe, (name, length) in RECIPES.items():
+        for gpus in SIZES:
+            recipes.append(
+                case(KNOWN_MODELS[name], layout_of(recipe, gpus), Workload(length, default_global_batch_size(length)))
+            )
     agree(ranks, [*recipes, *random_cases(10, seed=0, distinct=True)])
 
 

@@ -85,3 +85,19 @@ def test_a_bad_recipe_is_one_line(tmp_path: Path, old: str, new: str, words: str
     with pytest.raises(ValueError) as error:
         prepare_mixture(recipe, settings(tmp_path))
     assert words in str(error.value) and "\n" not in str(error.value) and "--recipe" in str(error.value)
+
+
+def test_the_full_size_recipe_has_prolongs_shares(tmp_path: Path) -> None:
+    recipe = Path(__file__).resolve().parents[3] / "examples" / "full_size" / "prolong.toml"
+    copy = tmp_path / recipe.name
+    copy.write_bytes(recipe.read_bytes())
+    for line in recipe.read_text().splitlines():
+        if line.startswith("inputs"):
+            place = tmp_path / line.split('"')[1].replace("*", "one")
+            place.parent.mkdir(parents=True)
+            place.mkdir() if place.name == "one" else place.touch()
+    sources, tokens = read_recipe(copy, settings(tmp_path))
+    shares = [source.share for source in sources]
+    assert shares == pytest.approx([0.3, 0.3, 0.1, 0.1, 0.04, 0.04, 0.03, 0.03, 0.03, 0.03])
+    assert [source.config.mode for source in sources] == ["repo", "whole", *["pack"] * 8]
+    assert tokens == 1000 * 64 * 65536
