@@ -227,7 +227,7 @@ def test_splits_are_as_coarse_as_the_training_draws_them():
 
 def test_every_number_of_a_recipe_has_a_source():
     files = [*(EXAMPLES / "full_size").glob("*.txt"), *(path for r in RECIPES for path in (EXAMPLES / r).glob("*.txt"))]
-    assert len(files) == 2 + 2 * (1 + len(SIZES))
+    assert len(files) == 2 + len(SHORT_OF_MEMORY) + 2 * (1 + len(SIZES))
     for path in files:
         # A block is comment lines and the flags behind them.
         blocks = re.findall(r"((?:^#.*\n)+)((?:^--.*\n)+)", path.read_text(), re.MULTILINE)
