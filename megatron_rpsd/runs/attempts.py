@@ -18,6 +18,7 @@ from enum import Enum
 from pathlib import Path
 
 from megatron_rpsd.runs.checkpoints import complete_iterations
+from megatron_rpsd.runs.events import json_lines
 from megatron_rpsd.runs.folder import RunFolder
 
 _ERROR = re.compile(r"(error|stop): ")
@@ -41,10 +42,7 @@ class Ending:
 
 def records(run: RunFolder) -> list[dict]:
     """The attempts' lines, oldest first, without those that a kill tore."""
-    if not run.attempts.is_file():
-        return []
-    lines = run.attempts.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return json_lines(run.attempts)
 
 
 def _append(run: RunFolder, record: dict) -> None:

@@ -24,6 +24,7 @@ from megatron_rpsd.training.chat_dataset import check_chat_tokenizer
 from megatron_rpsd.training.distillation import add_distillation_arguments, check_distillation
 from megatron_rpsd.training.errors import quiet_parser
 from megatron_rpsd.training.frozen_dims import add_freezing_arguments, check_frozen_dims
+from megatron_rpsd.training.implied import head_dim_of
 from megatron_rpsd.training.lengths import add_length_arguments, check_length_mix
 from megatron_rpsd.training.megatron_checks import (
     check_batch,
@@ -324,8 +325,7 @@ def _check_rope(args: argparse.Namespace) -> None:
         scaling = json.loads(args.rope_parameters)
         if not isinstance(scaling, dict):
             raise ValueError("it must be a JSON object")
-        head_dim = args.kv_channels or args.hidden_size // args.num_attention_heads
-        RopeConfig(head_dim, float(args.rotary_base), scaling, args.max_position_embeddings)
+        RopeConfig(head_dim_of(args), float(args.rotary_base), scaling, args.max_position_embeddings)
     except ValueError as refused:
         raise ValueError(f"--rope-parameters {args.rope_parameters}: {refused}") from refused
 

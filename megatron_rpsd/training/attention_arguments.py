@@ -17,6 +17,7 @@ import torch
 
 from megatron_rpsd.attention import KERNELS, PACKAGES
 from megatron_rpsd.training.arms import TWO_VIEWS, fp8_multiple, suffix_unit, views_of
+from megatron_rpsd.training.implied import head_dim_of
 
 _CP_COMM_TYPES = ("p2p", "all_gather", "a2a")
 _DPA_RECIPES = ("delayed", "tensorwise", "mxfp8")
@@ -61,11 +62,6 @@ def check_attention(args: argparse.Namespace) -> None:
         _check_fp8_attention(args)
 
 
-def head_dim(args: argparse.Namespace) -> int:
-    """d of the model's heads."""
-    return args.kv_channels or args.hidden_size // args.num_attention_heads
-
-
 def _check_kernel(args: argparse.Namespace) -> None:
     kernel = args.attention_kernel
     if kernel == "sdpa":
@@ -80,7 +76,7 @@ def _check_kernel(args: argparse.Namespace) -> None:
         _check_flash_version(flag)
     if not (args.bf16 or args.fp16):
         raise ValueError(f"{flag} attends in 16 bits and this run is in fp32: add --bf16, or give sdpa")
-    size = head_dim(args)
+    size = head_dim_of(args)
     if size % 8 or size > 256:
         raise ValueError(f"{flag} takes heads of at most 256 channels in multiples of 8; this model's have {size}")
     if kernel == "te" and args.context_parallel_size > 1:
@@ -129,7 +125,7 @@ def _check_fp8(args: argparse.Namespace) -> None:
 
 
 def _check_fp8_shapes(args: argparse.Namespace, flag: str) -> None:
-    tp, heads, size = args.tensor_model_parallel_size, args.num_attention_heads, head_dim(args)
+    tp, heads, size = args.tensor_model_parallel_size, args.num_attention_heads, head_dim_of(args)
     groups = args.num_query_groups if args.group_query_attention else heads
     widths = {
         "--hidden-size": (args.hidden_size, 1),
@@ -216,7 +212,7 @@ def _capability() -> tuple[int, int]:
 def _check_fp8_heads(args: argparse.Namespace, flag: str) -> None:
     """What the device's FP8 attention kernels train."""
     capability = _capability()
-    size, hopper = head_dim(args), capability < (10, 0)
+    size, hopper = head_dim_of(args), capability < (10, 0)
     if capability < (9, 0) or capability == (12, 0):
         raise ValueError(
             f"{flag}: Transformer Engine has no FP8 attention for compute capability {capability[0]}.{capability[1]}: "

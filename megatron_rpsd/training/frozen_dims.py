@@ -23,6 +23,8 @@ from megatron.core.utils import unwrap_model
 from megatron.training import get_args, training
 from torch import Tensor
 
+from megatron_rpsd.training.implied import head_dim_of
+
 _FLAG = "--freeze-rope-dims"
 _FREEZES = "_freezes_rope_dims_of_megatron_rpsd"
 _OTHER_OPTIMIZERS = ("optimizer_cpu_offload", "use_precision_aware_optimizer", "use_megatron_fsdp", "use_torch_fsdp2")
@@ -77,11 +79,6 @@ def check_frozen_dims(args: argparse.Namespace) -> None:
                 f"--{name.replace('_', '-')} beside {_FLAG}: the frozen rows are put back in fp32 main parameters, "
                 "which that optimizer keeps elsewhere: leave one of the two out"
             )
-
-
-def head_dim_of(args: argparse.Namespace) -> int:
-    """d, channels of a head."""
-    return args.kv_channels or args.hidden_size // args.num_attention_heads
 
 
 def frozen_mask(

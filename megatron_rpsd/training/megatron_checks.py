@@ -15,6 +15,8 @@ import os
 import traceback
 from pathlib import Path
 
+from megatron_rpsd.training.implied import data_parallel_ranks
+
 _AT_LEAST = {
     1: (
         "seq_length", "micro_batch_size", "global_batch_size", "num_layers", "hidden_size", "num_attention_heads",
@@ -103,8 +105,7 @@ def check_batch(args: argparse.Namespace) -> None:
         raise ValueError("--lr is not set: give the largest learning rate of the run, for example 2e-5")
     if args.global_batch_size is None or args.decrease_batch_size_if_needed:
         return
-    model = args.tensor_model_parallel_size * args.context_parallel_size * args.pipeline_model_parallel_size
-    replicas = args.world_size // model
+    replicas = data_parallel_ranks(args)
     unit = args.micro_batch_size * replicas
     if args.global_batch_size % unit:
         below = args.global_batch_size // unit * unit

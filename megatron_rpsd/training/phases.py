@@ -39,6 +39,7 @@ from megatron_rpsd.positions import (
 from megatron_rpsd.training.arms import sampler_from_args, suffix_unit
 from megatron_rpsd.training.dataset import dataset_config, indexed
 from megatron_rpsd.training.forward_step import ForwardStep
+from megatron_rpsd.training.implied import global_batch, head_dim_of
 from megatron_rpsd.training.resuming import step_shape
 
 _DATA_ARGUMENTS = ("data_args_path", "train_data_path", "valid_data_path", "test_data_path", "per_split_data_args_path")
@@ -115,8 +116,7 @@ def check_phases(args: argparse.Namespace) -> None:
             f"--dataloader-type {args.dataloader_type}: --rope-phases needs samples in their order: use single"
         )
     schedule = parse_phases(args.rope_phases)
-    model_parallel = args.tensor_model_parallel_size * args.context_parallel_size * args.pipeline_model_parallel_size
-    global_batch_size = args.global_batch_size or args.micro_batch_size * (args.world_size // model_parallel)
+    global_batch_size = global_batch(args)
     steps = args.train_iters
     total = args.train_samples or (steps * global_batch_size if steps else None)
     schedule.check(args.seq_length, suffix_unit(args), global_batch_size, total)
@@ -131,7 +131,7 @@ def check_phases(args: argparse.Namespace) -> None:
 
 def _check_rope(args: argparse.Namespace, schedule: PhaseSchedule) -> None:
     scaling = json.loads(args.rope_parameters) if args.rope_parameters else None
-    head_dim = args.kv_channels or args.hidden_size // args.num_attention_heads
+    head_dim = head_dim_of(args)
     for phase in schedule.phases:
         try:
             RopeConfig(head_dim, float(phase.base), scaling, args.max_position_embeddings)

@@ -22,13 +22,14 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron.core.dist_checkpointing import load_common_state_dict, load_content_metadata
+from megatron.core.dist_checkpointing import load_content_metadata
 
 from megatron_rpsd.positions import StepShape
 from megatron_rpsd.runs.checkpoints import TRACKER, iteration_folder
 from megatron_rpsd.training.arms import default_granule, granule_unit, suffix_unit, unit_in_words, views_of
 from megatron_rpsd.training.batch import TWO_VIEWS
-from megatron_rpsd.training.saved_checkpoint import checkpoint_folder, in_torch_format, saved_arguments
+from megatron_rpsd.training.implied import data_parallel_ranks, global_batch
+from megatron_rpsd.training.saved_checkpoint import checkpoint_folder, common_state, in_torch_format
 from megatron_rpsd.training.schedules import check_schedule, schedule_of
 
 _FLAT_FORMATS = ("dp_reshardable",)
@@ -56,12 +57,13 @@ def saved_layout(load: str, iteration: int | None = None) -> dict | None:
     if iteration is None and (in_torch_format(load) or not (Path(load) / TRACKER).is_file()):
         return None
     folder = checkpoint_folder(load, flag="--load") if iteration is None else iteration_folder(Path(load), iteration)
-    saved = saved_arguments(folder)
+    state = common_state(folder)
+    saved = state["args"]
     if not getattr(saved, "consumed_train_samples", 0):
         return None
     unit = 2 * saved.context_parallel_size * saved.tensor_model_parallel_size
     drawn_for = getattr(saved, "rpsd_drawn_for", None) or (saved.micro_batch_size, saved.data_parallel_size, unit)
-    metadata = load_content_metadata(preloaded_state_dict=load_common_state_dict(str(folder))) or {}
+    metadata = load_content_metadata(preloaded_state_dict=state) or {}
     return {
         "checkpoint": folder.name,
         "tp_pp": [saved.tensor_model_parallel_size, saved.pipeline_model_parallel_size],
@@ -95,7 +97,7 @@ def settle_resume(
     if saved is None:
         return
     _check_optimizer(args, saved)
-    check_schedule(args, _batch(args), saved["schedule"], f"{saved['checkpoint']} in --load {args.load}")
+    check_schedule(args, global_batch(args), saved["schedule"], f"{saved['checkpoint']} in --load {args.load}")
     _keep_drawn_sizes(args, saved, warn)
 
 
@@ -104,15 +106,6 @@ def step_shape(args: argparse.Namespace) -> StepShape:
     if args.rpsd_drawn_for is None:  # checkpoints carry it
         args.rpsd_drawn_for = (args.micro_batch_size, args.data_parallel_size, granule_unit(args))
     return StepShape(args.global_batch_size, *args.rpsd_drawn_for[:2])
-
-
-def _replicas(args: argparse.Namespace) -> int:
-    model_parallel = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
-    return args.world_size // model_parallel
-
-
-def _batch(args: argparse.Namespace) -> int:
-    return args.global_batch_size or args.micro_batch_size * _replicas(args)
 
 
 def _check_optimizer(args: argparse.Namespace, saved: dict) -> None:
@@ -138,11 +131,11 @@ def _check_optimizer(args: argparse.Namespace, saved: dict) -> None:
 
 def _keep_drawn_sizes(args: argparse.Namespace, saved: dict, warn: Callable[[str], None]) -> None:
     micro, replicas, unit = saved["drawn_for"]
-    present = (args.micro_batch_size, _replicas(args))
+    present = (args.micro_batch_size, data_parallel_ranks(args))
     two_views = views_of(args) in TWO_VIEWS
     drawn = two_views or args.objective == "pose" or args.length_mix
     kept, as_now = (micro, replicas, unit), (*present, granule_unit(args))
-    if args.redraw_views or not drawn or _batch(args) != saved["global_batch_size"] or kept == as_now:
+    if args.redraw_views or not drawn or global_batch(args) != saved["global_batch_size"] or kept == as_now:
         return
     stratified = (args.rpsd_split_sampling or saved["sampling"]) == "stratified"
     group = micro * replicas if stratified else micro

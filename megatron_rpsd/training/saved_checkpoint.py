@@ -13,7 +13,8 @@ from megatron.core.dist_checkpointing import load_common_state_dict
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
-_TRACKER = "latest_checkpointed_iteration.txt"
+from megatron_rpsd.runs.checkpoints import TRACKER, iteration_folder
+
 _UNREADABLE = (
     CheckpointException, OSError, RuntimeError, EOFError, LookupError, AttributeError, ImportError, TypeError,
     ValueError, pickle.UnpicklingError,
@@ -30,14 +31,14 @@ def checkpoint_folder(checkpoint: str | Path, iteration: int | None = None, flag
         ValueError: there is no such checkpoint.
     """
     checkpoint = Path(checkpoint)
-    tracker = checkpoint / _TRACKER
+    tracker = checkpoint / TRACKER
     if not tracker.exists():
-        raise ValueError(f"{flag} {checkpoint} holds no {_TRACKER}, so it is no Megatron checkpoint folder")
+        raise ValueError(f"{flag} {checkpoint} holds no {TRACKER}, so it is no Megatron checkpoint folder")
     newest = tracker.read_text(errors="replace").strip()
     if newest != "release" and not newest.isdecimal():
         raise ValueError(f"{flag} {checkpoint}: {tracker.name} is damaged; it names no iteration: {newest[:20]!r}")
     if iteration is not None:
-        folder = checkpoint / f"iter_{iteration:07d}"
+        folder = iteration_folder(checkpoint, iteration)
         if not (folder / "metadata.json").exists():
             whole = sorted(path.parent.name for path in checkpoint.glob("*/metadata.json"))
             raise ValueError(
@@ -45,7 +46,7 @@ def checkpoint_folder(checkpoint: str | Path, iteration: int | None = None, flag
                 f"{', '.join(whole) or 'none'}"
             )
         return folder
-    folder = checkpoint / (newest if newest == "release" else f"iter_{int(newest):07d}")
+    folder = checkpoint / newest if newest == "release" else iteration_folder(checkpoint, int(newest))
     if not (folder / "metadata.json").exists():
         raise ValueError(f"{flag} {checkpoint}: {tracker.name} names {folder.name}, which is not complete")
     return folder
@@ -64,17 +65,25 @@ def read_alone() -> Iterator[None]:
         yield
 
 
-def saved_arguments(folder: Path) -> argparse.Namespace:
-    """Megatron's arguments of the run that wrote a checkpoint.
+def common_state(folder: Path) -> dict:
+    """What a checkpoint holds beside tensors: `args`, Megatron's arguments of the run that wrote it, and more.
 
     Raises:
         ValueError: its files are damaged.
     """
     with read_alone():
         try:
-            return load_common_state_dict(str(folder))["args"]
+            state = load_common_state_dict(str(folder))
+            if "args" not in state:
+                raise KeyError("args")
         except _UNREADABLE as error:
             raise ValueError(f"{folder}: the checkpoint is damaged; its arguments cannot be read") from error
+    return state
+
+
+def saved_arguments(folder: Path) -> argparse.Namespace:
+    """Megatron's arguments of the run that wrote a checkpoint; see `common_state`."""
+    return common_state(folder)["args"]
 
 
 def check_tensors(folder: Path) -> None:
@@ -109,7 +118,7 @@ def check_start(args: argparse.Namespace) -> None:
     if args.ckpt_format != "torch_dist":
         return
     for flag, path in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
-        if path is None or (flag == "--load" and not (Path(path) / _TRACKER).exists()):
+        if path is None or (flag == "--load" and not (Path(path) / TRACKER).exists()):
             continue
         if in_torch_format(path):
             return
